@@ -1,0 +1,1 @@
+"""The vLLM attention backend: the only part of kvplug that vLLM's model runner talks to."""

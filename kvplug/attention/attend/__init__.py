@@ -1,0 +1,1 @@
+"""Attend stage: a platform's own paged kernel over the rewritten page table."""

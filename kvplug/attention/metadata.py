@@ -1,0 +1,87 @@
+"""Per-step metadata: vLLM's own for the CPU kernel, plus kvplug's plan."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm.config import VllmConfig, get_layers_from_vllm_config
+from vllm.model_executor.layers.attention import Attention
+from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.attention.backends.cpu_attn import (
+    CPUAttentionMetadata,
+    CPUAttentionMetadataBuilder,
+)
+
+from kvplug.attention.attend.cpu import CpuAttend
+from kvplug.errors import KvplugError
+from kvplug.pipeline import Pipeline, Plan
+from kvplug.selection import options_of
+
+if TYPE_CHECKING:
+    from vllm.v1.kv_cache_interface import AttentionSpec
+
+
+@dataclass
+class KvplugMetadata(CPUAttentionMetadata):
+    """One step's metadata for one group of layers."""
+
+    plan: Plan | None = None
+    """None: every window is dense and the step takes the stock path."""
+    schedule: torch.Tensor | None = None
+    """The kernel's work split over the plan's page table."""
+
+
+class KvplugMetadataBuilder(CPUAttentionMetadataBuilder):
+    """Plans each step; owns the pipeline that its layers share."""
+
+    def __init__(
+        self,
+        kv_cache_spec: AttentionSpec,
+        layer_names: list[str],
+        vllm_config: VllmConfig,
+        device: torch.device,
+        **kwargs: Any,
+    ) -> None:
+        """Builds the pipeline and hands it to the layers.
+
+        Raises:
+            KvplugError: Options that do not fit the recipe, the page or the model.
+        """
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device, **kwargs)
+        config = options_of(vllm_config)
+        self.pipeline = Pipeline(config, self.block_size, self.num_kv_heads)
+        self.attend = CpuAttend(
+            self.num_heads, self.num_kv_heads, self.head_dim, self.dtype, self.isa,
+            self.kv_cache_dtype,
+        )  # fmt: skip
+        layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
+        for layer in layers.values():
+            layer.impl.adopt(self.pipeline, self.attend)  # type: ignore[attr-defined]
+        self.windowed = self.window_size != -1
+
+    def build(
+        self,
+        common_prefix_len: int,
+        common_attn_metadata: CommonAttentionMetadata,
+        fast_build: bool = False,
+    ) -> KvplugMetadata:
+        """Stock metadata plus the plan, where any window is sparse."""
+        stock = super().build(common_prefix_len, common_attn_metadata, fast_build)
+        metadata = KvplugMetadata(**{f.name: getattr(stock, f.name) for f in fields(stock)})
+        if self.windowed:
+            return metadata
+        common = common_attn_metadata
+        if common.is_prefilling is None or common.causal is not True:
+            raise KvplugError("kvplug serves causal decoding by vLLM's own model runner only.")
+        plan = self.pipeline.plan(
+            common.query_start_loc_cpu.numpy(),
+            common.seq_lens.numpy(),
+            common.is_prefilling.numpy(),
+            common.block_table_tensor,
+        )
+        if plan is not None:
+            metadata.plan = plan
+            metadata.schedule = self.attend.schedule(plan.table)
+        return metadata

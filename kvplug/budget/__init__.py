@@ -1,0 +1,1 @@
+"""Budget stage: how many far pages a window may select."""

@@ -1,0 +1,104 @@
+"""User options: the ``kvplug`` object inside vLLM's ``--additional-config``.
+
+Every field of the public interface is declared, documented and checked here and nowhere else; the
+command line reads its defaults and help texts from this class.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from kvplug.errors import KvplugError, nearest_name
+
+DENSE_LAYERS_FROM = 8
+"""``dense_layers: "auto"`` keeps two layers dense in models with at least this many layers."""
+
+
+class KvplugConfig(BaseModel):
+    """Options of one engine. All lengths are in tokens."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    policy: str = Field("simhash", description="recipe that chooses pages")
+    budget: int = Field(2048, gt=0, description="far tokens attended per window and KV head")
+    sink: int = Field(64, ge=0, description="first tokens, always attended; rounded up to pages")
+    local: int = Field(512, gt=0, description="last tokens, always attended; rounded up to pages")
+    window: int = Field(256, gt=0, description="query tokens that share one selection")
+    dense_below: int = Field(4096, ge=0, description="contexts up to this length stay dense")
+    dense_layers: Literal["auto"] | list[int] = Field(
+        "auto", description="layers that stay dense: auto, or a list of layer numbers"
+    )
+    seed: int = Field(0, ge=0, description="seed of the hash planes")
+    options: dict[str, Any] = Field(default_factory=dict, description="the recipe's own options")
+    offload: None = Field(None, description="tiers below the device; not in this version")
+    audit: float = Field(0.0, ge=0.0, le=0.0, description="audited fraction; not in this version")
+    trace: None = Field(None, description="trace file; not in this version")
+
+    @classmethod
+    def parse(cls, raw: object) -> KvplugConfig:
+        """Checks what the user wrote.
+
+        Args:
+            raw: The value of ``additional_config["kvplug"]``: a mapping of field names.
+
+        Raises:
+            KvplugError: The first thing that is wrong with it, in one sentence.
+        """
+        if not isinstance(raw, Mapping):
+            raise KvplugError(f"kvplug's options must be a JSON object, not {raw!r}.")
+        for name in raw:
+            if name not in cls.model_fields:
+                known = nearest_name(str(name), cls.model_fields)
+                raise KvplugError(f"Unknown kvplug option {name!r}: {known}.")
+        try:
+            return cls.model_validate(dict(raw))
+        except ValidationError as error:
+            raise KvplugError(_first_problem(error, raw)) from None
+
+    def check_page(self, page: int) -> None:
+        """Checks what depends on the page size.
+
+        Args:
+            page: Tokens per page (vLLM's kernel block).
+
+        Raises:
+            KvplugError: ``window`` or ``budget`` does not fit the page.
+        """
+        if self.window % page:
+            raise KvplugError(
+                f"kvplug option window={self.window} must be a multiple of the page size {page}."
+            )
+        if self.budget < page:
+            raise KvplugError(
+                f"kvplug option budget={self.budget} must be at least one page of {page} tokens."
+            )
+
+    def resolve_dense_layers(self, num_layers: int) -> frozenset[int]:
+        """The layers that never go through retrieval, in a model of ``num_layers`` layers.
+
+        Raises:
+            KvplugError: A listed layer does not exist.
+        """
+        if self.dense_layers == "auto":
+            return frozenset(range(2) if num_layers >= DENSE_LAYERS_FROM else ())
+        for layer in self.dense_layers:
+            if not 0 <= layer < num_layers:
+                raise KvplugError(
+                    f"kvplug option dense_layers names layer {layer}, but the model's layers are "
+                    f"0 to {num_layers - 1}."
+                )
+        return frozenset(self.dense_layers)
+
+
+def _first_problem(error: ValidationError, raw: Mapping[str, object]) -> str:
+    """One sentence for pydantic's first complaint."""
+    problem = error.errors()[0]
+    name = str(problem["loc"][0])
+    field = KvplugConfig.model_fields[name]
+    if name in ("offload", "audit", "trace"):
+        return f"kvplug option {name} is not available in this version; leave it out."
+    message = problem["msg"][0].lower() + problem["msg"][1:]
+    return f"kvplug option {name}={raw[name]!r} ({field.description}): {message}."

@@ -1,0 +1,131 @@
+"""Min/max index: per-page bounds of every key dimension (Quest, Tang et al. 2024, 2406.10774).
+
+The score of a page, ``sum_d max(q_d * min_d, q_d * max_d)``, is an upper bound of ``q . k`` over
+the page's keys. Bounds are kept as bfloat16, rounded outwards, so they stay bounds for any dtype.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from numba import njit, prange
+
+from kvplug.index.base import IndexShape, PageIndex
+from kvplug.numeric import bits_float, float_bits
+
+if TYPE_CHECKING:
+    from kvplug.probe.base import Probes
+    from kvplug.step import Step
+
+
+class MinMaxIndex(PageIndex):
+    """Two bfloat16 vectors per page and KV head: ``[pages, Hk, 2, D]``, minima then maxima."""
+
+    def __init__(self, shape: IndexShape) -> None:
+        """Allocates the bounds (untouched pages cost no memory)."""
+        super().__init__(shape)
+        self._bounds = torch.zeros(
+            (shape.num_pages, shape.num_kv_heads, 2, shape.head_dim), dtype=torch.int16
+        )
+        self._bounds_host = self._bounds.numpy().view(np.uint16)
+
+    @property
+    def state(self) -> torch.Tensor:
+        """``[pages, Hk, 2, D]`` bfloat16: minima, then maxima, of the page's keys."""
+        return self._bounds.view(torch.bfloat16)
+
+    def write(self, keys: torch.Tensor, slots: torch.Tensor) -> None:
+        """See :meth:`PageIndex.write`.
+
+        A page starts anew when its first slot is written, which vLLM does first whenever it hands
+        a page to new content. Keys of rejected drafts widen the bounds until then: still bounds.
+        """
+        _widen_bounds(keys.numpy(), slots.numpy(), self.shape.page, self._bounds_host)
+
+    def score(self, probes: Probes, step: Step, scores: torch.Tensor) -> None:
+        """See :meth:`PageIndex.score`; the score is the largest bound of any probe."""
+        windows = step.windows
+        _score_bounds(
+            self._bounds_host, probes.vectors.numpy(), probes.counts.numpy(), step.sparse_windows,
+            windows.request, windows.far_begin, windows.far_end, step.block_table_host,
+            scores.numpy(),
+        )  # fmt: skip
+
+
+@njit(cache=True, inline="always")
+def _round_out(value, upwards):  # type: ignore[no-untyped-def]
+    """``value`` as bfloat16 bits, rounded up or down."""
+    bits = float_bits(value)
+    cut = bits & np.uint32(0xFFFF)
+    negative = bits >> np.uint32(31) == 1
+    bits >>= np.uint32(16)
+    if cut != 0 and negative != upwards:
+        bits += np.uint32(1)
+    return np.uint16(bits)
+
+
+@njit(cache=True, inline="always")
+def _widened(bits):  # type: ignore[no-untyped-def]
+    """The float32 value of bfloat16 ``bits``."""
+    return bits_float(np.uint32(bits) << np.uint32(16))
+
+
+@njit(parallel=True, cache=True)
+def _widen_bounds(keys, slots, page, bounds):  # type: ignore[no-untyped-def]
+    """Takes ``keys [T, Hk, D]`` into the bounds of their pages."""
+    num_kv_heads, dim = keys.shape[1:]
+    for head in prange(num_kv_heads):
+        for token in range(slots.shape[0]):
+            slot = slots[token]
+            if slot < 0:
+                continue
+            low, high = bounds[slot // page, head, 0], bounds[slot // page, head, 1]
+            fresh = slot % page == 0
+            for d in range(dim):
+                x = keys[token, head, d]
+                if fresh or x < _widened(low[d]):
+                    low[d] = _round_out(x, False)
+                if fresh or x > _widened(high[d]):
+                    high[d] = _round_out(x, True)
+
+
+@njit(parallel=True, cache=True, fastmath={"reassoc", "contract"})
+def _score_bounds(  # type: ignore[no-untyped-def]
+    bounds, vectors, counts, rows, request, far_begin, far_end, block_table, scores
+):
+    """``scores[w, h, n] = max over probes of sum_d max(q_d min_d, q_d max_d)``."""
+    num_kv_heads, dim = bounds.shape[1], bounds.shape[3]
+    for task in prange(rows.shape[0] * num_kv_heads):
+        w, head = task // num_kv_heads, task % num_kv_heads
+        row = rows[w]
+        pages = block_table[request[row], far_begin[row] : far_end[row]]
+        for n in range(pages.shape[0]):
+            low, high = bounds[pages[n], head, 0], bounds[pages[n], head, 1]
+            best = np.float32(-np.inf)
+            for r in range(counts[w]):
+                total = np.float32(0)
+                for d in range(dim):
+                    q = vectors[w, head, r, d]
+                    total += max(q * _widened(low[d]), q * _widened(high[d]))
+                best = max(best, total)
+            scores[w, head, n] = best
+
+
+def minmax_scores_reference(keys: torch.Tensor, probes: torch.Tensor, page: int) -> torch.Tensor:
+    """Twin of :meth:`MinMaxIndex.score` in plain torch, for one window over whole pages.
+
+    Args:
+        keys: ``[N * P, Hk, D]`` keys of the far pages in logical order.
+        probes: ``[Hk, R, D]``.
+        page: P.
+
+    Returns:
+        ``[Hk, N]`` float32.
+    """
+    paged = keys.float().unflatten(0, (-1, page))  # [N, P, Hk, D]
+    low, high = paged.amin(1), paged.amax(1)  # [N, Hk, D]
+    probes = probes.float()[:, :, None]  # [Hk, R, 1, D]
+    bound = torch.maximum(probes * low.transpose(0, 1)[:, None], probes * high.transpose(0, 1)[:, None])
+    return bound.sum(-1).amax(1)

@@ -1,0 +1,140 @@
+"""The rewritten page table: every (window, KV head) as a sequence of its own.
+
+The platform's dense paged kernel takes a batch of sequences. Here row ``s * Hk + h`` is window
+``s`` seen by KV head ``h``: ``G`` query heads over the pages ``sinks | selected | local`` of a
+single-head cache (:func:`kvplug.pages.single_head_view`). Dense windows ride along with all their
+pages. Sinks and local pages are the same for every layer and are written once per step; a layer
+only writes its selected pages.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from numba import njit
+
+if TYPE_CHECKING:
+    from kvplug.pages import PageGeometry
+    from kvplug.step import Step
+    from kvplug.workspace import Workspace
+
+
+class PageTable:
+    """Page table, lengths and token order of one step's ``S * Hk`` sequences.
+
+    Args:
+        step: The step's windows.
+        geometry: Region sizes.
+        num_kv_heads: Hk.
+        workspace: Where the table lives.
+    """
+
+    def __init__(
+        self, step: Step, geometry: PageGeometry, num_kv_heads: int, workspace: Workspace
+    ) -> None:
+        """Writes everything but the selected pages."""
+        windows = step.windows
+        rows = len(windows) * num_kv_heads
+        self.num_kv_heads = num_kv_heads
+        self.step = step
+        self.table = workspace.take(
+            "table.pages", (rows, geometry.max_pages_per_row()), torch.int32
+        )
+        """``[S * Hk, width]`` int32 pages of the single-head cache."""
+        self.seq_lens = workspace.take("table.seq_lens", (rows,), torch.int32)
+        """``[S * Hk]`` int32 tokens attended by the last query of each row."""
+        self.query_start = workspace.take("table.query_start", (rows + 1,), torch.int32)
+        """``[S * Hk + 1]`` int32 first query of each row in head-major token order."""
+        self._host = self.table.numpy()
+        _write_fixed_pages(
+            windows.request, windows.token_start, windows.num_tokens, windows.context_end,
+            windows.far_begin, windows.far_end, windows.num_selected, windows.sparse,
+            step.block_table_host, geometry.page, num_kv_heads,
+            self._host, self.seq_lens.numpy(), self.query_start.numpy(),
+        )  # fmt: skip
+
+    def write_selected(self, selected: torch.Tensor) -> None:
+        """Writes one layer's selection.
+
+        Args:
+            selected: ``[W, Hk, K]`` int32 logical pages, as :meth:`Select.select` writes them.
+        """
+        windows = self.step.windows
+        _write_selected_pages(
+            selected.numpy(), self.step.sparse_windows, windows.request, windows.far_begin,
+            windows.num_selected, self.step.block_table_host, self._host,
+        )  # fmt: skip
+
+
+@njit(cache=True)
+def _write_fixed_pages(  # type: ignore[no-untyped-def]
+    request, token_start, num_tokens, context_end, far_begin, far_end, num_selected, sparse,
+    block_table, page, num_kv_heads, table, seq_lens, query_start,
+):  # fmt: skip
+    """Sinks, local pages and whole dense rows; lengths; first queries."""
+    for s in range(request.shape[0]):
+        pages = block_table[request[s]]
+        num_pages = (context_end[s] + page - 1) // page
+        for head in range(num_kv_heads):
+            row = s * num_kv_heads + head
+            out = table[row]
+            filled = 0
+            for n in range(far_begin[s]):
+                out[filled] = pages[n] * num_kv_heads + head
+                filled += 1
+            filled += num_selected[s]
+            for n in range(far_end[s], num_pages):
+                out[filled] = pages[n] * num_kv_heads + head
+                filled += 1
+            seq_lens[row] = filled * page - (num_pages * page - context_end[s])
+            query_start[row] = token_start[s] * num_kv_heads + head * num_tokens[s]
+    last = request.shape[0] - 1
+    query_start[-1] = (token_start[last] + num_tokens[last]) * num_kv_heads
+
+
+@njit(cache=True)
+def _write_selected_pages(  # type: ignore[no-untyped-def]
+    selected, rows, request, far_begin, num_selected, block_table, table
+):
+    """Puts each window's selected pages behind its sinks."""
+    num_kv_heads = selected.shape[1]
+    for w in range(rows.shape[0]):
+        row = rows[w]
+        pages = block_table[request[row]]
+        for head in range(num_kv_heads):
+            out = table[row * num_kv_heads + head]
+            for i in range(num_selected[row]):
+                out[far_begin[row] + i] = pages[selected[w, head, i]] * num_kv_heads + head
+
+
+def head_major_order(step: Step, num_kv_heads: int) -> torch.Tensor | None:
+    """Where each (window, KV head, token) finds its queries in token-major order.
+
+    Args:
+        step: The step's windows.
+        num_kv_heads: Hk.
+
+    Returns:
+        ``[T * Hk]`` int64: row ``query_start[s * Hk + h] + i`` of the head-major queries is row
+        ``(token_start[s] + i) * Hk + h`` of the token-major ones. None where the two orders are
+        the same, as in a step of single-token windows.
+    """
+    windows = step.windows
+    if int(windows.num_tokens.max()) == 1 or num_kv_heads == 1:
+        return None
+    order = np.empty(int(windows.num_tokens.sum()) * num_kv_heads, dtype=np.int64)
+    _fill_order(windows.token_start, windows.num_tokens, num_kv_heads, order)
+    return torch.from_numpy(order)
+
+
+@njit(cache=True)
+def _fill_order(token_start, num_tokens, num_kv_heads, order):  # type: ignore[no-untyped-def]
+    """Fills ``order`` as :func:`head_major_order` says."""
+    filled = 0
+    for s in range(token_start.shape[0]):
+        for head in range(num_kv_heads):
+            for i in range(num_tokens[s]):
+                order[filled] = (token_start[s] + i) * num_kv_heads + head
+                filled += 1

@@ -1,0 +1,1 @@
+"""Probe stage: what stands for a window's queries when pages are scored."""

@@ -1,0 +1,42 @@
+"""Contract of the probe stage: vectors that stand for a window's queries."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    import torch
+
+    from kvplug.step import Step
+    from kvplug.workspace import Workspace
+
+
+class Probes(NamedTuple):
+    """Probe vectors of a step's ``W`` sparse windows (``step.sparse_windows``, in its order)."""
+
+    vectors: torch.Tensor
+    """``[W, Hk, R, D]`` float32; rows from ``counts`` on are undefined."""
+    counts: torch.Tensor
+    """``[W]`` int32, how many of the R vectors each window has; at least 1."""
+
+
+class Probe(ABC):
+    """Reduces the queries of a window to a few vectors per KV head."""
+
+    @abstractmethod
+    def build(
+        self, queries: torch.Tensor, num_kv_heads: int, step: Step, workspace: Workspace
+    ) -> Probes:
+        """Builds the probes of every sparse window in one call.
+
+        The result depends on nothing but the window's own queries (design rule 4), is owned by
+        ``workspace`` and stays valid until the next call.
+
+        Args:
+            queries: ``[T, H, D]`` float32, after the rotary embedding. Query head ``h`` belongs
+                to KV head ``h // (H // Hk)``.
+            num_kv_heads: Hk.
+            step: The step's windows.
+            workspace: Where buffers live.
+        """

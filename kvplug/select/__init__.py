@@ -1,0 +1,1 @@
+"""Select stage: from page scores to the far pages that a window attends to."""

@@ -1,0 +1,114 @@
+"""Top-k pages by score, found by radix selection: three counting passes, no sort."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from numba import njit, prange
+
+from kvplug.numeric import float_bits
+from kvplug.select.base import Select
+
+if TYPE_CHECKING:
+    from kvplug.step import Step
+
+DIGITS = ((21, 11), (10, 11), (0, 10))
+"""Bit position and width of the three digits of a 32-bit key, most significant first."""
+
+
+@dataclass(frozen=True)
+class TopPages(Select):
+    """The ``num_selected`` best pages of each window and KV head."""
+
+    def select(self, scores: torch.Tensor, step: Step, selected: torch.Tensor) -> None:
+        """See :meth:`Select.select`."""
+        windows = step.windows
+        _top_pages(
+            scores.numpy(), step.sparse_windows, windows.far_begin, windows.far_end,
+            windows.num_selected, selected.numpy(),
+        )  # fmt: skip
+
+
+@njit(cache=True, inline="always")
+def _order(score):  # type: ignore[no-untyped-def]
+    """An unsigned integer that orders as ``score`` does; NaN comes first."""
+    bits = float_bits(score)
+    if score != score:
+        return np.uint32(0)
+    if bits >> np.uint32(31) == 1:
+        return ~bits
+    return bits | np.uint32(0x80000000)
+
+
+@njit(cache=True)
+def _threshold(scores, wanted, histogram):  # type: ignore[no-untyped-def]
+    """The ``wanted``-th largest key, and how many of the keys equal to it are wanted."""
+    prefix, known = np.uint32(0), np.uint32(0)
+    for shift, width in DIGITS:
+        size = 1 << width
+        histogram[:size] = 0
+        for n in range(scores.shape[0]):
+            key = _order(scores[n])
+            if key & known == prefix:
+                histogram[(key >> np.uint32(shift)) & np.uint32(size - 1)] += 1
+        digit = size - 1
+        while histogram[digit] < wanted:
+            wanted -= histogram[digit]
+            digit -= 1
+        prefix |= np.uint32(digit) << np.uint32(shift)
+        known |= np.uint32(size - 1) << np.uint32(shift)
+    return prefix, wanted
+
+
+@njit(parallel=True, cache=True)
+def _top_pages(  # type: ignore[no-untyped-def]
+    scores, rows, far_begin, far_end, num_selected, selected
+):
+    """Writes ``selected`` as :meth:`Select.select` says."""
+    num_kv_heads = scores.shape[1]
+    for task in prange(rows.shape[0] * num_kv_heads):
+        w, head = task // num_kv_heads, task % num_kv_heads
+        row = rows[w]
+        begin = far_begin[row]
+        mine = scores[w, head, : far_end[row] - begin]
+        histogram = np.empty(2048, dtype=np.int32)
+        threshold, wanted_equal = _threshold(mine, num_selected[row], histogram)
+        skip = -wanted_equal
+        for n in range(mine.shape[0]):
+            skip += _order(mine[n]) == threshold
+        filled = 0
+        for n in range(mine.shape[0]):
+            key = _order(mine[n])
+            if key < threshold:
+                continue
+            if key == threshold and skip > 0:
+                skip -= 1
+                continue
+            selected[w, head, filled] = begin + n
+            filled += 1
+
+
+def top_pages_reference(scores: torch.Tensor, wanted: int, far_begin: int) -> torch.Tensor:
+    """Twin of :meth:`TopPages.select` in plain torch, for one window.
+
+    Args:
+        scores: ``[Hk, N]``.
+        wanted: K.
+        far_begin: Logical page of the first score.
+
+    Returns:
+        ``[Hk, K]`` int32, ascending.
+    """
+    ranked = scores.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+    is_number = ~scores.isnan()
+    newest_first = torch.arange(scores.shape[1] - 1, -1, -1)
+    chosen = []
+    for row, valid in zip(ranked, is_number, strict=True):
+        order = sorted(
+            newest_first.tolist(), key=lambda n: (not valid[n], -float(row[n])), reverse=False
+        )
+        chosen.append(sorted(order[:wanted]))
+    return torch.tensor(chosen, dtype=torch.int32).reshape(scores.shape[0], wanted) + far_begin

@@ -1,0 +1,168 @@
+"""What happens to an engine that selects kvplug: checked, adopted, bound, verified.
+
+``adopt`` runs where vLLM completes its config, before any process or weight; ``bind_layers`` runs
+in each worker once the KV cache exists.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from kvplug.errors import KvplugError
+from kvplug.selection import (
+    DEFAULT_PAGE,
+    PAGE_KEY,
+    additional_config,
+    is_selected,
+    options_of,
+    page_of,
+)
+
+logger = logging.getLogger("vllm.kvplug")
+
+
+def adopt(vllm_config: Any) -> None:
+    """Checks an engine's config and sets its block size to one window; does so once.
+
+    Args:
+        vllm_config: vLLM's ``VllmConfig``, complete but for this.
+
+    Raises:
+        KvplugError: Options, model or combination that kvplug cannot serve.
+    """
+    if not is_selected(vllm_config) or vllm_config.model_config is None:
+        return
+    from kvplug.policies import make_policy
+
+    config = options_of(vllm_config)
+    cache = vllm_config.cache_config
+    extra = additional_config(vllm_config)
+    if PAGE_KEY not in extra:
+        extra[PAGE_KEY] = cache.block_size if cache.user_specified_block_size else DEFAULT_PAGE
+    config.check_page(extra[PAGE_KEY])
+    make_policy(config.policy, config.options)
+    _check_model(vllm_config.model_config)
+    _check_combination(vllm_config, config.window)
+    config.resolve_dense_layers(vllm_config.model_config.get_total_num_hidden_layers())
+    cache.block_size = config.window
+
+
+def _check_model(model: Any) -> None:
+    """Refuses models without an ordinary decoder KV cache.
+
+    Raises:
+        KvplugError: With the reason.
+    """
+    refusals = {
+        "multi-head latent attention (MLA)": model.use_mla,
+        "no attention": model.is_attention_free,
+        "recurrent (hybrid) layers": model.is_hybrid or model.has_inner_state,
+        "an encoder": model.is_encoder_decoder or model.runner_type != "generate",
+        "ALiBi position biases": _has_alibi(model.hf_text_config),
+    }
+    for what, present in refusals.items():
+        if present:
+            raise KvplugError(
+                f"kvplug serves decoder models with multi-head or grouped-query attention; "
+                f"{model.model} has {what}."
+            )
+
+
+def _has_alibi(hf_config: Any) -> bool:
+    """Whether a Hugging Face config asks for ALiBi, in any of its spellings."""
+    attention = getattr(hf_config, "attn_config", None) or {}
+    nested = attention.get("alibi") if isinstance(attention, dict) else None
+    return bool(
+        getattr(hf_config, "model_type", "") == "bloom"
+        or getattr(hf_config, "alibi", False)
+        or nested
+        or getattr(hf_config, "position_embedding_type", "") == "alibi"
+    )
+
+
+def _check_combination(vllm_config: Any, window: int) -> None:
+    """Refuses engine settings under which windows could not stay whole.
+
+    Raises:
+        KvplugError: With what to change.
+    """
+    scheduler, parallel = vllm_config.scheduler_config, vllm_config.parallel_config
+    limits = {
+        "--max-num-batched-tokens": scheduler.max_num_batched_tokens,
+        "--long-prefill-token-threshold": scheduler.long_prefill_token_threshold or window,
+    }
+    for flag, tokens in limits.items():
+        if tokens < window:
+            raise KvplugError(
+                f"{flag} {tokens} is below kvplug's window of {window} tokens: raise it to "
+                f"{window} or more."
+            )
+    if scheduler.max_num_batched_tokens < window + scheduler.max_num_seqs - 1:
+        logger.warning(
+            "kvplug: with --max-num-batched-tokens %d and --max-num-seqs %d, %d decoding requests "
+            "leave no room for a prefill window of %d tokens; prefill then waits for them.",
+            scheduler.max_num_batched_tokens,
+            scheduler.max_num_seqs,
+            scheduler.max_num_batched_tokens - window + 1,
+            window,
+        )
+    contexts = (parallel.decode_context_parallel_size, parallel.prefill_context_parallel_size)
+    if max(contexts) > 1:
+        raise KvplugError("kvplug does not serve decode or prefill context parallelism.")
+
+
+def bind_layers(vllm_config: Any) -> None:
+    """Gives every layer its cache and index, and checks that kvplug is live where it should be.
+
+    Raises:
+        KvplugError: A decoder layer runs another backend.
+    """
+    if not is_selected(vllm_config):
+        return
+    from vllm.config import get_layers_from_vllm_config
+    from vllm.model_executor.layers.attention import Attention
+
+    from kvplug.attention.impl import KvplugImpl
+
+    config = options_of(vllm_config)
+    model = vllm_config.model_config
+    dense = config.resolve_dense_layers(model.get_total_num_hidden_layers())
+    layers = get_layers_from_vllm_config(vllm_config, Attention)
+    for name, layer in layers.items():
+        if not isinstance(layer.impl, KvplugImpl):
+            raise KvplugError(
+                f"kvplug is selected, but layer {name} runs {type(layer.impl).__name__}; refusing "
+                f"to serve without retrieval."
+            )
+        head = first_kv_head(vllm_config, layer.impl.num_kv_heads)
+        layer.impl.bind(name, layer.kv_cache, dense, head, config.seed)
+    _report(vllm_config, layers)
+
+
+def first_kv_head(vllm_config: Any, num_kv_heads: int) -> int:
+    """Model-wide number of this worker's first KV head, under tensor parallelism."""
+    size = vllm_config.parallel_config.tensor_parallel_size
+    if size == 1:
+        return 0
+    from vllm.distributed import get_tensor_model_parallel_rank
+
+    total = vllm_config.model_config.get_total_num_kv_heads()
+    copies = max(1, size // total)
+    return int(get_tensor_model_parallel_rank() // copies * num_kv_heads)
+
+
+def _report(vllm_config: Any, layers: dict[str, Any]) -> None:
+    """Logs what is live and what the index costs."""
+    indexes = [layer.impl.index for layer in layers.values() if layer.impl.index is not None]
+    index_bytes = sum(index.state.nbytes for index in indexes)
+    kv_bytes = sum(layer.kv_cache.nbytes for layer in layers.values())
+    config = options_of(vllm_config)
+    share = f"1/{kv_bytes / index_bytes:.0f} of" if index_bytes else "none, beside"
+    logger.info(
+        "kvplug is live: policy %s, budget %d, sink %d, local %d, window %d, page %d; %d of %d "
+        "layers retrieve; index %.1f MiB, %s %.1f MiB of KV.",
+        config.policy, config.budget, config.sink, config.local, config.window,
+        page_of(vllm_config), sum(layer.impl.cache is not None for layer in layers.values()),
+        len(layers), index_bytes / 2**20, share, kv_bytes / 2**20,
+    )  # fmt: skip

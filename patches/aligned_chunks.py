@@ -1,0 +1,96 @@
+"""Ends prefill chunks at multiples of the window, and at the end of the prompt.
+
+A window that the scheduler splits would be probed with other queries than the whole one, and the
+same request would get another answer under load. vLLM's scheduler aligns chunks already, for
+Mamba's ``align`` cache mode; the two patches switch that step on and let kvplug decide in it.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from kvplug.patches.record import Patch
+from kvplug.selection import is_selected, options_of
+
+WINDOW = "kvplug_window"
+"""Attribute of a scheduler that serves kvplug: its window, in tokens."""
+
+
+def aligned_chunk(start: int, num_new_tokens: int, prompt_tokens: int, window: int) -> int:
+    """How many tokens of a wanted chunk to schedule now.
+
+    Args:
+        start: First token of the chunk, absolute.
+        num_new_tokens: Tokens that the scheduler would take.
+        prompt_tokens: Length of the prompt. Tokens after it were decoded one by one; after a
+            preemption they are replayed as such, in a chunk that holds none of the prompt.
+        window: Tokens per window.
+
+    Returns:
+        At most ``num_new_tokens``; 0 asks the scheduler to wait for a step with more room.
+    """
+    if start >= prompt_tokens:
+        return num_new_tokens
+    end = start + num_new_tokens
+    if end >= prompt_tokens:
+        return prompt_tokens - start
+    return max(end // window * window - start, 0)
+
+
+def _wrap_init(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def __init__(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807
+        original(self, vllm_config, *args, **kwargs)
+        if is_selected(vllm_config):
+            setattr(self, WINDOW, options_of(vllm_config).window)
+            self.need_mamba_block_aligned_split = True
+
+    return __init__
+
+
+def _wrap_split(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def _mamba_block_aligned_split(
+        self: Any,
+        request: Any,
+        num_new_tokens: int,
+        num_new_local_computed_tokens: int = 0,
+        num_external_computed_tokens: int = 0,
+    ) -> int:
+        computed = (num_new_local_computed_tokens, num_external_computed_tokens)
+        window = getattr(self, WINDOW, None)
+        if window is None:
+            return int(original(self, request, num_new_tokens, *computed))
+        start = request.num_computed_tokens + sum(computed)
+        return aligned_chunk(start, num_new_tokens, request.num_prompt_tokens, window)
+
+    return _mamba_block_aligned_split
+
+
+_VLLM = ">=0.32,<0.33"
+_WHY = "Chunks that split a window would make answers depend on the scheduler's load."
+_UPSTREAM = "https://github.com/vllm-project/vllm/issues/57566"
+_REMOVE_WHEN = "An attention backend can declare the alignment of prefill chunks."
+
+PATCHES = [
+    Patch(
+        target="vllm.v1.core.sched.scheduler:Scheduler.__init__",
+        vllm=_VLLM,
+        why=_WHY,
+        upstream=_UPSTREAM,
+        remove_when=_REMOVE_WHEN,
+        fingerprint="c026802456720b43",
+        wrap=_wrap_init,
+    ),
+    Patch(
+        target="vllm.v1.core.sched.scheduler:Scheduler._mamba_block_aligned_split",
+        vllm=_VLLM,
+        why=_WHY,
+        upstream=_UPSTREAM,
+        remove_when=_REMOVE_WHEN,
+        fingerprint="b2a08c774ae495bf",
+        wrap=_wrap_split,
+    ),
+]
