@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
 import torch
 
+from kvplug.index.base import IndexShape
 from kvplug.page_table import PageTable, head_major_order
 from kvplug.pages import PageGeometry
 from kvplug.policies import make_policy
@@ -19,7 +21,7 @@ from kvplug.workspace import Workspace
 
 if TYPE_CHECKING:
     from kvplug.config import KvplugConfig
-    from kvplug.index.base import IndexShape, PageIndex
+    from kvplug.index.base import PageIndex
     from kvplug.windows import Flags, Ints
 
 
@@ -52,8 +54,6 @@ class Pipeline:
         self.geometry = PageGeometry.of(config, page, budget)
         self.num_kv_heads = num_kv_heads
         self.workspace = Workspace()
-        self.attended_pages = 0
-        self.available_pages = 0
 
     def make_index(self, shape: IndexShape) -> PageIndex | None:
         """A layer's index, or None where the recipe needs none."""
@@ -76,7 +76,6 @@ class Pipeline:
         if self.stages.always_dense:
             return None
         windows = cut_windows(query_start, seq_lens, is_prefilling, self.geometry)
-        self._count(windows)
         if not windows.sparse.any():
             return None
         step = Step(windows, block_table)
@@ -106,13 +105,28 @@ class Pipeline:
         stages.select.select(scores, step, selected)
         plan.table.write_selected(selected)
 
-    def _count(self, windows) -> None:  # type: ignore[no-untyped-def]
-        """Adds the step's pages to the counters that reports divide."""
-        page, s = self.geometry.page, windows
-        available = (s.context_end + page - 1) // page
-        attended = available - (s.far_end - s.far_begin) * s.sparse + s.num_selected
-        self.available_pages += int(available.sum())
-        self.attended_pages += int(attended.sum())
+    def warm_up(self, head_dim: int) -> None:
+        """Compiles every kernel that a step can call, on a made-up one, before the first request.
+
+        Args:
+            head_dim: D.
+        """
+        page, heads = self.geometry.page, self.num_kv_heads
+        context = self.geometry.dense_below + self.geometry.local + page
+        context += (self.geometry.sink_pages + self.geometry.budget_pages + 1) * page
+        pages = -(-context // page)
+        shape = IndexShape(pages, heads, page, head_dim, 0, 0, 0)
+        index = self.make_index(shape)
+        keys = torch.zeros((2, heads, head_dim))
+        if index is not None:
+            for count in (1, 2):
+                index.write(keys[:count], torch.arange(count))
+        ends, table = np.array([context], np.int32), torch.arange(pages, dtype=torch.int32)[None]
+        for tokens in (1, self.geometry.window):
+            starts = np.array([0, tokens], np.int32)
+            plan = self.plan(starts, ends, np.array([tokens > 1]), table)
+            if plan is not None:
+                self.select(index, torch.zeros((tokens, heads, head_dim)), plan)
 
 
 def as_float(vectors: torch.Tensor) -> torch.Tensor:

@@ -7,6 +7,8 @@ in each worker once the KV cache exists.
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from kvplug.errors import KvplugError
@@ -137,7 +139,28 @@ def bind_layers(vllm_config: Any) -> None:
             )
         head = first_kv_head(vllm_config, layer.impl.num_kv_heads)
         layer.impl.bind(name, layer.kv_cache, dense, head, config.seed)
+    pipelines = {id(layer.impl.pipeline): layer.impl for layer in layers.values()}
+    for impl in pipelines.values():
+        with same_threads():
+            impl.pipeline.warm_up(impl.head_size)
     _report(vllm_config, layers)
+
+
+@contextmanager
+def same_threads() -> Iterator[None]:
+    """Makes numba use the threads that torch and vLLM's kernels use, no more and no fewer.
+
+    All three share one OpenMP runtime. Numba sets its size when it starts its threads, and vLLM's
+    kernel aborts if the size changes between planning and running.
+    """
+    import numba
+    import torch
+
+    threads = torch.get_num_threads()
+    numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
+    yield
+    # The worker has replaced torch.set_num_threads by a warning.
+    torch._C.set_num_threads(threads)
 
 
 def first_kv_head(vllm_config: Any, num_kv_heads: int) -> int:

@@ -63,7 +63,8 @@ def cut_windows(
     columns = np.empty((7, capacity), dtype=np.int32)
     sparse = np.empty(capacity, dtype=np.bool_)
     count = _cut(query_start, seq_lens, is_prefilling, geometry, columns, sparse)
-    return Windows(*(columns[i, :count] for i in range(7)), sparse[:count])
+    request, start, tokens, end, far_begin, far_end, selected = columns[:, :count]
+    return Windows(request, start, tokens, end, far_begin, far_end, selected, sparse[:count])
 
 
 @njit(cache=True)

@@ -41,7 +41,7 @@ def aligned_chunk(start: int, num_new_tokens: int, prompt_tokens: int, window: i
 
 def _wrap_init(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
-    def __init__(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807
+    def __init__(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
         original(self, vllm_config, *args, **kwargs)
         if is_selected(vllm_config):
             setattr(self, WINDOW, options_of(vllm_config).window)

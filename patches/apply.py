@@ -11,6 +11,7 @@ from packaging.version import Version
 
 from kvplug.errors import KvplugError
 from kvplug.patches.record import Patch
+from kvplug.selection import BACKEND_PATH
 
 logger = logging.getLogger("vllm.kvplug")
 
@@ -83,6 +84,32 @@ def apply(patch: Patch, installed: str) -> None:
         setattr(owner, function, classmethod(patch.wrap(original.__func__)))
     else:
         setattr(owner, function, patch.wrap(original))
+
+
+def refuse_when_selected(error: KvplugError) -> None:
+    """Makes an engine that selects kvplug fail with ``error``, and leaves every other alone.
+
+    Used where the patches do not fit the installed vLLM; it relies on nothing but the name of one
+    platform method.
+
+    Args:
+        error: Why kvplug cannot serve.
+    """
+    from vllm.platforms import current_platform
+
+    platform = type(current_platform)
+    original = platform.get_attn_backend_cls
+    if getattr(original, "kvplug_refusal", None):
+        return
+
+    def get_attn_backend_cls(selected_backend: Any, *args: Any, **kwargs: Any) -> str:
+        name = getattr(selected_backend, "name", None)
+        if name == "CUSTOM" and selected_backend.get_path() == BACKEND_PATH:
+            raise error
+        return str(original(selected_backend, *args, **kwargs))
+
+    get_attn_backend_cls.kvplug_refusal = True  # type: ignore[attr-defined]
+    platform.get_attn_backend_cls = staticmethod(get_attn_backend_cls)  # type: ignore[assignment]
 
 
 def _releases(specifier: str, installed: str) -> list[tuple[int, ...]]:

@@ -33,10 +33,7 @@ def _refuse_unserved(selector: Any) -> None:
     """
     from kvplug.attention.backend import KvplugBackend
 
-    reasons = KvplugBackend.validate_configuration(
-        device_capability=None,  # type: ignore[arg-type]
-        **selector._asdict(),
-    )
+    reasons = KvplugBackend.validate_configuration(device_capability=None, **selector._asdict())
     if reasons:
         raise KvplugError(f"kvplug cannot serve this model: {'; '.join(reasons)}.")
 

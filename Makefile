@@ -1,0 +1,42 @@
+# The commands of this repository; `.ci/run` and README.md use the same ones.
+#
+#   make setup   create .venv and install kvplug, vLLM and the tools (GPU or CPU build, found by itself)
+#   make demo    the demonstration            make test    all tests
+#   make bench   dense against kvplug         make check   ruff and mypy
+#   make clean   remove what builds and runs leave behind; the environment stays
+
+SHELL := /bin/bash
+PY := .venv/bin/python
+STAMP := .venv/.kvplug-setup
+
+# Models of tests, demo and bench are bundled: nothing is fetched. On CPU vLLM sets one core aside unless told not to,
+# which on a machine of two cores is half of it.
+export HF_HUB_OFFLINE ?= 1
+export VLLM_CPU_NUM_OF_RESERVED_CPU ?= 0
+
+.PHONY: setup demo test check bench clean
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml tools/setup_env.sh
+	tools/setup_env.sh
+	@touch $@
+
+demo: setup
+	.venv/bin/kvplug demo
+
+bench: setup
+	.venv/bin/kvplug bench
+
+# ARGS passes options on: make test ARGS='-k layout -x'
+test: setup
+	$(PY) -m pytest $(ARGS)
+
+check: setup
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find kvplug/ kernels patches serve tests tools loadtests -name __pycache__ -type d -prune -exec rm -rf {} +

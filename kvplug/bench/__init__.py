@@ -1,0 +1,1 @@
+"""``kvplug bench``: policies against stock vLLM, one engine after the other, same prompts."""

@@ -1,0 +1,204 @@
+"""The command ``kvplug``. Heavy modules are imported by the command that needs them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from kvplug.config import KvplugConfig
+from kvplug.errors import KvplugError
+
+app = typer.Typer(
+    name="kvplug",
+    help="Page retrieval over vLLM's KV cache, for long contexts.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+out = Console()
+err = Console(stderr=True)
+
+JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON object last on stdout.")]
+
+
+def main() -> None:
+    """Runs the command line; what a user can put right is one sentence and exit code 2."""
+    try:
+        app()
+    except KvplugError as error:
+        err.print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
+        raise SystemExit(2) from None
+
+
+def option(name: str, kind: Any = None) -> Any:
+    """A command-line option whose name, default and help are those of a config field."""
+    field = KvplugConfig.model_fields[name]
+    text = f"{field.description} (default {field.default})"
+    return typer.Option(f"--{name.replace('_', '-')}", help=text, parser=kind, show_default=False)
+
+
+def parse_layers(text: str) -> Any:
+    """``auto``, or layer numbers with commas."""
+    if text == "auto":
+        return text
+    try:
+        return [int(number) for number in text.split(",") if number]
+    except ValueError:
+        raise KvplugError(f"--dense-layers {text!r} must be auto or numbers like 0,1.") from None
+
+
+def parse_object(text: str) -> Any:
+    """A JSON object."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise KvplugError(f"--options must be a JSON object, not {text!r}.")
+    return value
+
+
+@contextmanager
+def progress() -> Iterator[Callable[[str], None]]:
+    """A spinner on stderr; the function it gives changes the text."""
+    with err.status("starting") as status:
+
+        def say(text: str) -> None:
+            status.update(text)
+            if not err.is_terminal:
+                err.print(text, highlight=False, soft_wrap=True)
+
+        yield say
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def serve(
+    context: typer.Context,
+    model: Annotated[str, typer.Argument(help="Path or Hugging Face name of a model.")],
+    policy: Annotated[str | None, option("policy")] = None,
+    budget: Annotated[int | None, option("budget")] = None,
+    sink: Annotated[int | None, option("sink")] = None,
+    local: Annotated[int | None, option("local")] = None,
+    window: Annotated[int | None, option("window")] = None,
+    dense_below: Annotated[int | None, option("dense_below")] = None,
+    dense_layers: Annotated[Any, option("dense_layers", parse_layers)] = None,
+    seed: Annotated[int | None, option("seed")] = None,
+    options: Annotated[Any, option("options", parse_object)] = None,
+) -> None:
+    """Serve MODEL with vLLM's own OpenAI server; other flags go to `vllm serve` as they are."""
+    from kvplug.serve.launch import run_vllm, vllm_arguments
+
+    given = {
+        "policy": policy, "budget": budget, "sink": sink, "local": local, "window": window,
+        "dense_below": dense_below, "dense_layers": dense_layers, "seed": seed, "options": options,
+    }  # fmt: skip
+    chosen = {name: value for name, value in given.items() if value is not None}
+    run_vllm(vllm_arguments(model, chosen, context.args))
+
+
+@app.command()
+def demo(
+    context: Annotated[int, typer.Option(help="Length of the document in tokens.")] = 32768,
+    policy: Annotated[str, typer.Option(help="Recipe.")] = "simhash",
+    budget: Annotated[int, typer.Option(help="Far tokens per window and KV head.")] = 512,
+    as_json: JsonFlag = False,
+) -> None:
+    """Ask stock vLLM and kvplug the same question about one long document."""
+    from kvplug.demo import demo as run
+
+    with progress() as say:
+        result = run(context, policy, budget, say)
+    if as_json:
+        print(json.dumps(result))
+        return
+    table = Table(title=f"{context:,} tokens, {result['threads']} threads: {result['question']}")
+    for column in ("", "answer", "right", "first token", "decode"):
+        table.add_column(column)
+    for name, run_ in result["runs"].items():
+        table.add_row(
+            name, run_["answer"], "yes" if run_["correct"] else "[red]no",
+            f"{run_['ttft_s']:.2f} s", f"{run_['decode_tok_s']:.1f} tok/s",
+        )  # fmt: skip
+    out.print(table)
+    out.print(
+        f"kvplug: first token {result['ttft_ratio']:.1f}x sooner, decode "
+        f"{result['decode_ratio']:.1f}x faster, {result['pages_attended_share']:.1%} of the pages "
+        f"attended.",
+        highlight=False,
+    )
+
+
+@app.command()
+def bench(
+    model: Annotated[str, typer.Option(help="recall, random, or a model's path.")] = "recall",
+    policies: Annotated[str, typer.Option(help="Recipes, with commas.")] = "simhash",
+    contexts: Annotated[str, typer.Option(help="Prompt lengths, with commas.")] = "4096,32768",
+    batches: Annotated[str, typer.Option(help="Requests at once, with commas.")] = "1",
+    repeats: Annotated[int, typer.Option(min=1, help="Medians are of this many.")] = 3,
+    budget: Annotated[int, typer.Option(help="Far tokens per window and KV head.")] = 512,
+    options: Annotated[str, typer.Option(help="Other kvplug options, as JSON.")] = "{}",
+    page: Annotated[int, typer.Option(help="Tokens per page, for every engine.")] = 32,
+    chunk: Annotated[int, typer.Option(help="Prompt tokens per step, for every engine.")] = 4096,
+    decoded: Annotated[int, typer.Option(min=8, help="Tokens decoded per request.")] = 64,
+    needles: Annotated[int, typer.Option(help="Questions about the longest document.")] = 0,
+    as_json: JsonFlag = False,
+) -> None:
+    """Compare recipes with stock vLLM on this machine, one engine after the other."""
+    from kvplug.bench.compare import compare
+    from kvplug.bench.job import Job
+    from kvplug.machine import num_threads, versions
+
+    job = Job(
+        "", model, numbers(contexts), numbers(batches), repeats, page, chunk, decoded, needles,
+        {"budget": budget, **parse_object(options)},
+    )  # fmt: skip
+    with progress() as say:
+        result = compare(job, policies.split(","), say)
+    if as_json:
+        print(json.dumps(result.rows))
+        return
+    kinds = " ".join(f"{name} {version}" for name, version in versions().items())
+    table = Table(title=f"{model}, {num_threads()} threads, medians of {repeats}; {kinds}")
+    for column in (result.rows or [{}])[0]:
+        table.add_column(column.replace("_", " "))
+    for row in result.rows:
+        table.add_row(*(f"{v:.2f}" if isinstance(v, float) else str(v) for v in row.values()))
+    out.print(table)
+    for line in result.recall:
+        out.print(f"{line['policy']}: {line['recalled']} of {line['needles']} needles at "
+                  f"{line['context_tokens']} tokens", highlight=False)  # fmt: skip
+
+
+def numbers(text: str) -> list[int]:
+    """Positive integers from ``1,2,3``."""
+    try:
+        values = [int(part) for part in text.split(",") if part]
+    except ValueError:
+        values = []
+    if not values or min(values) < 1:
+        raise KvplugError(f"{text!r} must be positive whole numbers with commas between them.")
+    return values
+
+
+@app.command()
+def doctor(as_json: JsonFlag = False) -> None:
+    """Say what is live and what would go wrong."""
+    from kvplug.doctor import diagnose
+
+    report = diagnose()
+    if as_json:
+        print(json.dumps({key: value for key, value in report.items() if key != "checks"}))
+    else:
+        table = Table(title="kvplug doctor")
+        for column in ("check", "found", "problem"):
+            table.add_column(column)
+        for check in report["checks"]:
+            table.add_row(check["name"], check["found"], f"[red]{check['problem'] or ''}")
+        out.print(table)
+    raise typer.Exit(1 if report["problems"] else 0)
