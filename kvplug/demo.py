@@ -78,7 +78,7 @@ def demo(context: int, policy: str, budget: int, say: Callable[[str], None]) -> 
         "--dtype", "bfloat16", "--enforce-eager", "--max-num-seqs", "8",
     ]  # fmt: skip
     commands = {
-        "dense": ["-m", "vllm.entrypoints.cli.main", "serve", str(model), *flags],
+        "dense": ["-m", "kvplug.serve.launch", "serve", str(model), *flags],
         "kvplug": ["-m", "kvplug", "serve", str(model), "--policy", policy, "--budget", str(budget),
                    *flags],
     }  # fmt: skip
@@ -120,14 +120,16 @@ def _ask(
     environment = engine_environment(kv_gib, in_process=False)
     if name == "dense":
         environment["VLLM_PLUGINS"] = ""  # stock vLLM: no plugin is even loaded
-    with tempfile.TemporaryDirectory(prefix="kvplug-") as folder:
-        with running_server(command, environment, Path(folder) / f"{name}.log") as url:
-            client = OpenAI(base_url=url, api_key="none", timeout=3600, max_retries=0)
-            _stream(client, [{"role": "user", "content": "What is warm?"}], 4, False)
-            say(f"{name}: asking")
-            answer, times = _stream(client, prompt.messages(), 32, False)
-            # The prompt is in the prefix cache now, so a second request is nearly all decoding.
-            _, decoded = _stream(client, prompt.messages(), DECODED, True)
+    with (
+        tempfile.TemporaryDirectory(prefix="kvplug-") as folder,
+        running_server(command, environment, Path(folder) / f"{name}.log") as url,
+    ):
+        client = OpenAI(base_url=url, api_key="none", timeout=3600, max_retries=0)
+        _stream(client, [{"role": "user", "content": "What is warm?"}], 4, False)
+        say(f"{name}: asking")
+        answer, times = _stream(client, prompt.messages(), 32, False)
+        # The prompt is in the prefix cache now, so a second request is nearly all decoding.
+        _, decoded = _stream(client, prompt.messages(), DECODED, True)
     gaps = [later - earlier for earlier, later in itertools.pairwise(decoded[1:])]
     correct = answer.strip() == prompt.expected
     return Run(answer.strip(), correct, times[1] - times[0], 1 / statistics.median(gaps))

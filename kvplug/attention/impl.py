@@ -104,9 +104,10 @@ class KvplugImpl(CPUAttentionBackendImpl):
                 layer, query, key, value, kv_cache, attn_metadata, output, output_scale,
                 output_block_scale,
             )  # fmt: skip
-        assert attn_metadata is not None and attn_metadata.schedule is not None
         if self.pipeline is None or self.attend is None or self.cache is None:
-            raise KvplugError("kvplug's attention layer was used before the engine bound its cache.")
+            raise KvplugError("kvplug's attention layer was used before its cache was bound.")
+        assert attn_metadata is not None
+        assert attn_metadata.schedule is not None
         tokens = attn_metadata.num_actual_tokens
         query = query[:tokens]
         self.pipeline.select(self.index, query, plan)

@@ -58,7 +58,7 @@ class KvplugMetadataBuilder(CPUAttentionMetadataBuilder):
         )  # fmt: skip
         layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
         for layer in layers.values():
-            layer.impl.adopt(self.pipeline, self.attend)  # type: ignore[attr-defined]
+            layer.impl.adopt(self.pipeline, self.attend)
         self.windowed = self.window_size != -1
 
     def build(

@@ -92,8 +92,12 @@ def _run(job: Job) -> Iterator[tuple[str, dict[str, Any]]]:
     with tempfile.TemporaryFile() as errors:
         process = subprocess.Popen(
             [sys.executable, "-m", "kvplug.bench.engine"],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, env=environment, text=True,
-        )  # fmt: skip
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            env=environment,
+            text=True,
+        )
         assert process.stdin is not None
         assert process.stdout is not None
         process.stdin.write(job.to_json())

@@ -113,7 +113,9 @@ class Bench:
         """Measures one cell."""
         pairs = [self.prompt(context, seed) for seed in range(batch)]
         prompts = [ids for ids, _ in pairs]
-        ttfts, rates, kept = [], [], []
+        ttfts: list[float] = []
+        rates: list[float] = []
+        kept: list[list[int]] = []
         for repeat in range(self.job.repeats):
             salt = f"{context} {batch} {repeat}"
             first, steps, tokens = self.run(prompts, self.job.decoded, salt)

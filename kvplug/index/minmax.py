@@ -126,6 +126,6 @@ def minmax_scores_reference(keys: torch.Tensor, probes: torch.Tensor, page: int)
     """
     paged = keys.float().unflatten(0, (-1, page))  # [N, P, Hk, D]
     low, high = paged.amin(1), paged.amax(1)  # [N, Hk, D]
+    low, high = low.transpose(0, 1)[:, None], high.transpose(0, 1)[:, None]  # [Hk, 1, N, D]
     probes = probes.float()[:, :, None]  # [Hk, R, 1, D]
-    bound = torch.maximum(probes * low.transpose(0, 1)[:, None], probes * high.transpose(0, 1)[:, None])
-    return bound.sum(-1).amax(1)
+    return torch.maximum(probes * low, probes * high).sum(-1).amax(1)

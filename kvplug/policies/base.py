@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from abc import ABC
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any, get_type_hints
 
 from kvplug.budget.base import Budget
@@ -34,7 +33,7 @@ class Stages:
 
 
 @dataclass(frozen=True)
-class Policy(ABC):
+class Policy:
     """A recipe. Subclasses are frozen dataclasses whose fields are the user's ``options``.
 
     Raises (from ``__post_init__`` of subclasses):
@@ -68,8 +67,3 @@ class Policy(ABC):
                     f"not {value!r}."
                 )
         return cls(**options)
-
-    def describe(self) -> dict[str, Any]:
-        """Options in force, by name."""
-        return {f.name: getattr(self, f.name, None if f.default is MISSING else f.default)
-                for f in fields(self)}  # fmt: skip

@@ -64,8 +64,7 @@ def _last_and_activated(  # type: ignore[no-untyped-def]
     queries, token_start, num_tokens, rows, num_probed, last, num_kv_heads, out
 ):
     """Copies the queries of the chosen tokens of window ``rows[w]`` into ``out[w]``."""
-    _, heads, dim = queries.shape
-    group = heads // num_kv_heads
+    group = queries.shape[1] // num_kv_heads
     for task in prange(rows.shape[0] * num_kv_heads):
         w, kv_head = task // num_kv_heads, task % num_kv_heads
         start, count, wanted = token_start[rows[w]], num_tokens[rows[w]], num_probed[w]
@@ -128,7 +127,7 @@ def last_and_activated_reference(
     Returns:
         One ``[Hk, R_w, D]`` per sparse window.
     """
-    heads, dim = queries.shape[1:]
+    dim = queries.shape[2]
     windows, built = step.windows, []
     for w in step.sparse_windows:
         start, count = int(windows.token_start[w]), int(windows.num_tokens[w])
