@@ -1,0 +1,103 @@
+"""One real vLLM engine in a process of its own: a JSON spec on stdin, a JSON result last on stdout.
+
+A spec holds ``kvplug`` (options, or null for stock vLLM), ``engine`` (vLLM's engine arguments),
+``rounds`` (lists of requests ``{"ids": [...], "max_tokens": n}``; a round is served at once, the
+next begins when it is done), and optionally ``sabotage``, the name of a patch target to undo.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+
+class Recorder:
+    """Notes what every window selected, by request content, so runs can be compared."""
+
+    def __init__(self) -> None:
+        self.selections: dict[str, list[list[int]]] = {}
+
+    def install(self) -> None:
+        """Wraps the pipeline's last step."""
+        from kvplug.page_table import PageTable
+
+        original = PageTable.write_selected
+
+        def write_selected(table: Any, selected: Any) -> None:
+            self.note(table.step, selected)
+            original(table, selected)
+
+        PageTable.write_selected = write_selected  # type: ignore[method-assign]
+
+    def note(self, step: Any, selected: Any) -> None:
+        """Files one layer's selections under (first physical page, window, occurrence)."""
+        windows = step.windows
+        for w, s in enumerate(step.sparse_windows):
+            count = int(windows.num_selected[s])
+            name = f"{windows.context_end[s]}/{windows.num_tokens[s]}"
+            self.selections.setdefault(name, []).append(selected[w, :, :count].flatten().tolist())
+
+
+def main() -> None:
+    """Runs the spec."""
+    spec = json.loads(sys.stdin.read())
+    if spec.get("sabotage"):
+        from kvplug.patches import apply
+
+        apply.all_patches = lambda kept=tuple(apply.all_patches()): [  # type: ignore[misc]
+            patch for patch in kept if patch.target != spec["sabotage"]
+        ]
+    from vllm import LLM, SamplingParams
+
+    engine = dict(spec["engine"])
+    if spec["kvplug"] is not None:
+        engine["attention_backend"] = "CUSTOM"
+        engine["additional_config"] = {"kvplug": spec["kvplug"]}
+    llm = LLM(dtype="bfloat16", enforce_eager=True, **engine)
+    scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+    preempted: list[str] = []
+    original = scheduler._preempt_request
+
+    def preempt(request: Any, *args: Any, **kwargs: Any) -> Any:
+        preempted.append(request.request_id)
+        return original(request, *args, **kwargs)
+
+    scheduler._preempt_request = preempt
+    recorder = Recorder()
+    if spec["kvplug"] is not None:
+        recorder.install()
+    rounds = []
+    for requests in spec["rounds"]:
+        outputs = llm.generate(
+            [{"prompt_token_ids": request["ids"]} for request in requests],
+            [
+                SamplingParams(temperature=0, max_tokens=request["max_tokens"], ignore_eos=True)
+                for request in requests
+            ],
+            use_tqdm=False,
+        )
+        rounds.append(
+            [
+                {"tokens": list(o.outputs[0].token_ids), "cached": o.num_cached_tokens}
+                for o in outputs
+            ]
+        )
+    backend = {
+        type(layer.impl).__name__
+        for layer in llm.llm_engine.vllm_config.compilation_config.static_forward_context.values()
+    }
+    print(
+        json.dumps(
+            {
+                "rounds": rounds,
+                "preempted": len(preempted),
+                "selections": recorder.selections,
+                "impls": sorted(backend),
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+"""Runs engines for the tests of this folder, each in a process of its own, results kept."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+CHILD = Path(__file__).with_name("child.py")
+Run = Callable[..., dict[str, Any]]
+
+
+def start(spec: dict[str, Any], **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs one spec to its end, whatever that is."""
+    return subprocess.run(
+        [sys.executable, str(CHILD)],
+        input=json.dumps(spec),
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env={**os.environ, "OMP_NUM_THREADS": "2", "VLLM_LOGGING_LEVEL": "WARNING", **environment},
+    )
+
+
+@cache
+def run_cached(spec: str, environment: str) -> dict[str, Any]:
+    """The result of a spec that must succeed."""
+    done = start(json.loads(spec), **json.loads(environment))
+    assert done.returncode == 0, done.stderr[-3000:]
+    result: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return result
+
+
+@pytest.fixture(scope="session")
+def run() -> Run:
+    """``run(spec, **environment)``: the result; equal specs run once a session."""
+
+    def run_spec(spec: dict[str, Any], **environment: str) -> dict[str, Any]:
+        return run_cached(json.dumps(spec), json.dumps(environment))
+
+    return run_spec
+
+
+@pytest.fixture(scope="session")
+def recall_model() -> str:
+    """Path of the recall model."""
+    from kvplug.models.recall import recall_model_path
+
+    return str(recall_model_path())
+
+
+@pytest.fixture(scope="session")
+def tokenizer(recall_model: str) -> Any:
+    """The recall model's tokenizer."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(recall_model)
