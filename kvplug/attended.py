@@ -35,4 +35,4 @@ def attended_share(config: KvplugConfig, page: int, prompt: int, decoded: int) -
         skipped = (windows.far_end - windows.far_begin - windows.num_selected) * windows.sparse
         available += (seen * windows.num_tokens).sum()
         attended += ((seen - skipped) * windows.num_tokens).sum()
-    return float(attended / available)
+    return float(attended / available) if available else 1.0

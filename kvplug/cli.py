@@ -36,11 +36,12 @@ def main() -> None:
         raise SystemExit(2) from None
 
 
-def option(name: str, kind: Any = None) -> Any:
+def option(name: str) -> Any:
     """A command-line option whose name, default and help are those of a config field."""
     field = KvplugConfig.model_fields[name]
-    text = f"{field.description} (default {field.default})"
-    return typer.Option(f"--{name.replace('_', '-')}", help=text, parser=kind, show_default=False)
+    default = field.get_default(call_default_factory=True)
+    text = f"{field.description} (default {default})"
+    return typer.Option(f"--{name.replace('_', '-')}", help=text, show_default=False)
 
 
 def parse_layers(text: str) -> Any:
@@ -87,16 +88,18 @@ def serve(
     local: Annotated[int | None, option("local")] = None,
     window: Annotated[int | None, option("window")] = None,
     dense_below: Annotated[int | None, option("dense_below")] = None,
-    dense_layers: Annotated[Any, option("dense_layers", parse_layers)] = None,
+    dense_layers: Annotated[str | None, option("dense_layers")] = None,
     seed: Annotated[int | None, option("seed")] = None,
-    options: Annotated[Any, option("options", parse_object)] = None,
+    options: Annotated[str | None, option("options")] = None,
 ) -> None:
     """Serve MODEL with vLLM's own OpenAI server; other flags go to `vllm serve` as they are."""
     from kvplug.serve.launch import run_vllm, vllm_arguments
 
     given = {
         "policy": policy, "budget": budget, "sink": sink, "local": local, "window": window,
-        "dense_below": dense_below, "dense_layers": dense_layers, "seed": seed, "options": options,
+        "dense_below": dense_below, "seed": seed,
+        "dense_layers": None if dense_layers is None else parse_layers(dense_layers),
+        "options": None if options is None else parse_object(options),
     }  # fmt: skip
     chosen = {name: value for name, value in given.items() if value is not None}
     run_vllm(vllm_arguments(model, chosen, context.args))

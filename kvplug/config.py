@@ -31,7 +31,7 @@ class KvplugConfig(BaseModel):
     dense_layers: Literal["auto"] | list[int] = Field(
         "auto", description="layers that stay dense: auto, or a list of layer numbers"
     )
-    seed: int = Field(0, ge=0, description="seed of the hash planes")
+    seed: int = Field(0, ge=0, lt=2**32, description="seed of the hash planes")
     options: dict[str, Any] = Field(default_factory=dict, description="the recipe's own options")
     offload: None = Field(None, description="tiers below the device; not in this version")
     audit: float = Field(0.0, ge=0.0, le=0.0, description="audited fraction; not in this version")
@@ -100,5 +100,9 @@ def _first_problem(error: ValidationError, raw: Mapping[str, object]) -> str:
     field = KvplugConfig.model_fields[name]
     if name in ("offload", "audit", "trace"):
         return f"kvplug option {name} is not available in this version; leave it out."
+    if name == "dense_layers":
+        return (
+            f"kvplug option dense_layers={raw[name]!r} must be 'auto' or a list of layer numbers."
+        )
     message = problem["msg"][0].lower() + problem["msg"][1:]
     return f"kvplug option {name}={raw[name]!r} ({field.description}): {message}."

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from kvplug.attended import attended_share
-from kvplug.config import KvplugConfig
 from kvplug.errors import KvplugError
 from kvplug.machine import engine_environment, num_threads, versions
+from kvplug.policies import check
 
 PAGE = 32
 CHUNK = 4096
@@ -57,7 +57,7 @@ def demo(context: int, policy: str, budget: int, say: Callable[[str], None]) -> 
     from kvplug.models.recall import recall_model_path
 
     options = {"policy": policy, "budget": budget}
-    config = KvplugConfig.parse(options)
+    config = check(options)
     config.check_page(PAGE)
     if context < MIN_CONTEXT:
         raise KvplugError(

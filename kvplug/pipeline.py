@@ -59,6 +59,10 @@ class Pipeline:
         """A layer's index, or None where the recipe needs none."""
         return self.stages.make_index(shape) if self.stages.make_index else None
 
+    def is_dense_up_to(self, longest: int) -> bool:
+        """Whether a step whose longest context has ``longest`` tokens is dense throughout."""
+        return self.stages.always_dense or longest <= self.geometry.dense_below
+
     def plan(
         self, query_start: Ints, seq_lens: Ints, is_prefilling: Flags, block_table: torch.Tensor
     ) -> Plan | None:

@@ -42,6 +42,11 @@ def adopt(vllm_config: Any) -> None:
     extra = additional_config(vllm_config)
     if PAGE_KEY not in extra:
         extra[PAGE_KEY] = cache.block_size if cache.user_specified_block_size else DEFAULT_PAGE
+    if extra[PAGE_KEY] % DEFAULT_PAGE:
+        raise KvplugError(
+            f"--block-size {extra[PAGE_KEY]} is kvplug's page size and must be a multiple of "
+            f"{DEFAULT_PAGE}, which vLLM's CPU kernel needs."
+        )
     config.check_page(extra[PAGE_KEY])
     make_policy(config.policy, config.options)
     _check_model(vllm_config.model_config)
@@ -73,8 +78,11 @@ def _check_model(model: Any) -> None:
 
 def _has_alibi(hf_config: Any) -> bool:
     """Whether a Hugging Face config asks for ALiBi, in any of its spellings."""
-    attention = getattr(hf_config, "attn_config", None) or {}
-    nested = attention.get("alibi") if isinstance(attention, dict) else None
+    attention = getattr(hf_config, "attn_config", None)
+    if isinstance(attention, dict):
+        nested = attention.get("alibi", False)
+    else:
+        nested = getattr(attention, "alibi", False)
     return bool(
         getattr(hf_config, "model_type", "") == "bloom"
         or getattr(hf_config, "alibi", False)

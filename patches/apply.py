@@ -109,7 +109,7 @@ def refuse_when_selected(error: KvplugError) -> None:
         return str(original(selected_backend, *args, **kwargs))
 
     get_attn_backend_cls.kvplug_refusal = True  # type: ignore[attr-defined]
-    platform.get_attn_backend_cls = staticmethod(get_attn_backend_cls)  # type: ignore[assignment]
+    platform.get_attn_backend_cls = staticmethod(get_attn_backend_cls)
 
 
 def _releases(specifier: str, installed: str) -> list[tuple[int, ...]]:

@@ -7,8 +7,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from kvplug.config import KvplugConfig
 from kvplug.errors import KvplugError
+from kvplug.policies import check
 
 BACKEND_FLAGS = ("--attention-backend", "--attention_backend")
 CONFIG_FLAGS = ("--additional-config", "--additional_config")
@@ -25,7 +25,7 @@ def vllm_arguments(model: str, options: Mapping[str, Any], extra: Sequence[str])
     Raises:
         KvplugError: Bad options, or a flag that kvplug fills in itself.
     """
-    KvplugConfig.parse(options)
+    check(options)
     passed, additional = _take_additional_config(extra)
     for argument in passed:
         if argument.partition("=")[0] in BACKEND_FLAGS:

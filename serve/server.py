@@ -81,6 +81,7 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
         for survivor in alive:
             with contextlib.suppress(psutil.NoSuchProcess):
                 survivor.kill()
+        psutil.wait_procs(alive, timeout=STOP_TIMEOUT_S)
     process.wait()
 
 

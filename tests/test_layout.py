@@ -27,13 +27,14 @@ RANKS: tuple[tuple[str, ...], ...] = (
     ("page_table", "step", "windows", "workspace"),
     ("segment", "index", "probe", "budget", "select"),
     ("policies",),
-    ("pipeline",),
+    ("attended", "machine", "pipeline"),
     ("offload", "observe"),
     ("attention",),
     ("episodes", "startup"),
     ("patches",),
     ("plugin",),
     ("models", "evals", "serve", "doctor"),
+    ("bench", "demo"),
     ("cli", "__main__"),
 )
 RANK = {part: rank for rank, parts in enumerate(RANKS) for part in parts}

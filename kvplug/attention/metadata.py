@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -69,10 +69,10 @@ class KvplugMetadataBuilder(CPUAttentionMetadataBuilder):
     ) -> KvplugMetadata:
         """Stock metadata plus the plan, where any window is sparse."""
         stock = super().build(common_prefix_len, common_attn_metadata, fast_build)
-        metadata = KvplugMetadata(**{f.name: getattr(stock, f.name) for f in fields(stock)})
-        if self.windowed:
-            return metadata
+        metadata = KvplugMetadata(**vars(stock))
         common = common_attn_metadata
+        if self.windowed or self.pipeline.is_dense_up_to(common.max_seq_len):
+            return metadata
         if common.is_prefilling is None or common.causal is not True:
             raise KvplugError("kvplug serves causal decoding by vLLM's own model runner only.")
         plan = self.pipeline.plan(

@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from kvplug.bench.job import STOCK, UNSELECTED, Job
-from kvplug.config import KvplugConfig
 from kvplug.errors import KvplugError
 from kvplug.machine import engine_environment
+from kvplug.policies import check
 
 BYTES_PER_GIB = 2**30
 
@@ -41,7 +41,7 @@ def compare(job: Job, policies: Sequence[str], say: Callable[[str], None]) -> Co
     ordered = [STOCK, *(policy for policy in dict.fromkeys(policies) if policy != STOCK)]
     for policy in ordered[1:]:
         if policy != UNSELECTED:
-            KvplugConfig.parse({"policy": policy, **job.options}).check_page(job.page)
+            check({"policy": policy, **job.options}).check_page(job.page)
     result = Comparison([], [])
     baseline: dict[tuple[int, int], dict[str, Any]] = {}
     for policy in ordered:

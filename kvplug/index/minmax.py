@@ -69,7 +69,7 @@ def _round_out(value, upwards):  # type: ignore[no-untyped-def]
 @njit(cache=True, inline="always")
 def _widened(bits):  # type: ignore[no-untyped-def]
     """The float32 value of bfloat16 ``bits``."""
-    return bits_float(np.uint32(bits) << np.uint32(16))
+    return bits_float(np.uint32(np.uint32(bits) << np.uint32(16)))
 
 
 @njit(parallel=True, cache=True)

@@ -61,9 +61,9 @@ def draw_planes(shape: IndexShape) -> torch.Tensor:
     """``[Hk, D, 64]`` float32 Gaussian planes, fixed by seed, layer and model-wide KV head."""
     planes = torch.empty(shape.num_kv_heads, shape.head_dim, BITS)
     for head in range(shape.num_kv_heads):
-        key = (shape.seed * 1_000_003 + shape.layer) * 1_009 + shape.first_kv_head + head
-        generator = torch.Generator().manual_seed(key % 2**63)
-        planes[head] = torch.randn(shape.head_dim, BITS, generator=generator)
+        key = (shape.seed, shape.layer, shape.first_kv_head + head)
+        draw = np.random.default_rng(key).standard_normal((shape.head_dim, BITS), np.float32)
+        planes[head] = torch.from_numpy(draw)
     return planes
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from importlib.metadata import entry_points
 from typing import Any
 
+from kvplug.config import KvplugConfig
 from kvplug.errors import KvplugError
 from kvplug.policies.base import Policy
 from kvplug.policies.dense import Dense
@@ -19,6 +20,17 @@ POLICIES.register("dense")(Dense)
 POLICIES.register("streaming")(Streaming)
 POLICIES.register("quest")(Quest)
 POLICIES.register("simhash")(SimHash)
+
+
+def check(raw: Mapping[str, Any]) -> KvplugConfig:
+    """Checks what a user wrote, the recipe and its options included, before anything starts.
+
+    Raises:
+        KvplugError: The first thing that is wrong with it.
+    """
+    config = KvplugConfig.parse(raw)
+    make_policy(config.policy, config.options)
+    return config
 
 
 def make_policy(name: str, options: Mapping[str, Any]) -> Policy:

@@ -38,6 +38,8 @@ def _order(score):  # type: ignore[no-untyped-def]
     bits = float_bits(score)
     if score != score:
         return np.uint32(0)
+    if bits == np.uint32(0x80000000):  # -0.0, which equals 0.0
+        return bits
     if bits >> np.uint32(31) == 1:
         return ~bits
     return bits | np.uint32(0x80000000)

@@ -28,7 +28,7 @@ class Recorder:
             self.note(table.step, selected)
             original(table, selected)
 
-        PageTable.write_selected = write_selected  # type: ignore[method-assign]
+        PageTable.write_selected = write_selected  # type: ignore[assignment, method-assign]
 
     def note(self, step: Any, selected: Any) -> None:
         """Files one layer's selections under (first physical page, window, occurrence)."""
@@ -45,9 +45,8 @@ def main() -> None:
     if spec.get("sabotage"):
         from kvplug.patches import apply
 
-        apply.all_patches = lambda kept=tuple(apply.all_patches()): [  # type: ignore[misc]
-            patch for patch in kept if patch.target != spec["sabotage"]
-        ]
+        kept = [patch for patch in apply.all_patches() if patch.target != spec["sabotage"]]
+        apply.all_patches = lambda: kept
     from vllm import LLM, SamplingParams
 
     engine = dict(spec["engine"])

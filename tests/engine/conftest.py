@@ -17,7 +17,7 @@ CHILD = Path(__file__).with_name("child.py")
 Run = Callable[..., dict[str, Any]]
 
 
-def start(spec: dict[str, Any], **environment: str) -> subprocess.CompletedProcess[str]:
+def run_child(spec: dict[str, Any], **environment: str) -> subprocess.CompletedProcess[str]:
     """Runs one spec to its end, whatever that is."""
     return subprocess.run(
         [sys.executable, str(CHILD)],
@@ -32,10 +32,16 @@ def start(spec: dict[str, Any], **environment: str) -> subprocess.CompletedProce
 @cache
 def run_cached(spec: str, environment: str) -> dict[str, Any]:
     """The result of a spec that must succeed."""
-    done = start(json.loads(spec), **json.loads(environment))
+    done = run_child(json.loads(spec), **json.loads(environment))
     assert done.returncode == 0, done.stderr[-3000:]
     result: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
     return result
+
+
+@pytest.fixture(scope="session")
+def start() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """``start(spec, **environment)``: the finished process, whatever its exit code."""
+    return run_child
 
 
 @pytest.fixture(scope="session")

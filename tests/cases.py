@@ -1,0 +1,50 @@
+"""Every policy under test, once. The shared contract tests run over this list.
+
+A new policy gets a line here; ``tests/policies/test_contract.py`` fails until it has one.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import pytest
+
+
+class PolicyCase(NamedTuple):
+    """One recipe with one set of options."""
+
+    name: str
+    options: dict[str, Any]
+    retrieves: bool = True
+    """Whether it scores pages; without, a sparse window has no far pages at all."""
+    always_dense: bool = False
+
+    @property
+    def id(self) -> str:
+        """A readable test id."""
+        return "-".join([self.name, *(f"{key}{value}" for key, value in self.options.items())])
+
+
+POLICY_CASES = [
+    PolicyCase("dense", {}, retrieves=False, always_dense=True),
+    PolicyCase("streaming", {}, retrieves=False),
+    PolicyCase("quest", {}),
+    PolicyCase("simhash", {}),
+    PolicyCase("simhash", {"last": 1, "active": 0}),
+    PolicyCase("simhash", {"last": 3, "active": 7}),
+]
+
+
+def policy_params(*, retrieving: bool = False, sparse: bool = False) -> list[Any]:
+    """The list as pytest parameters.
+
+    Args:
+        retrieving: Only those that score pages.
+        sparse: Only those that ever leave the dense path.
+    """
+    cases = [
+        case
+        for case in POLICY_CASES
+        if not (retrieving and not case.retrieves) and not (sparse and case.always_dense)
+    ]
+    return [pytest.param(case, id=case.id) for case in cases]

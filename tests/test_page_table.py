@@ -1,0 +1,139 @@
+"""Rows of the rewritten page table: the right pages of the right head, lengths, query order.
+
+Compared with a reference in plain Python, over any legal geometry and batch.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvplug.errors import KvplugError
+from kvplug.page_table import PageTable, head_major_order
+from kvplug.pages import PageGeometry, single_head_view
+from kvplug.step import Step
+from kvplug.windows import Windows
+from kvplug.workspace import Workspace
+from tests.made_up import Piece
+from tests.steps import cut, steps
+
+Made = tuple[PageGeometry, list[Piece], int, Step, PageTable, torch.Tensor]
+
+
+@st.composite
+def tables(draw: st.DrawFn) -> Made:
+    """A step's page table with random pages selected, in memory full of garbage."""
+    geometry, batch = draw(steps())
+    heads = draw(st.integers(1, 3))
+    random = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    widths = [-(-piece.stop // geometry.page) for piece in batch]
+    physical = random.permutation(sum(widths)).astype(np.int32) + 1
+    block_table = np.zeros((len(batch), max(widths) + 1), np.int32)
+    for row, width in enumerate(widths):
+        block_table[row, :width], physical = physical[:width], physical[width:]
+    step = Step(cut(geometry, batch), torch.from_numpy(block_table))
+    windows, rows = step.windows, step.sparse_windows
+    workspace = Workspace()
+    workspace.take("table.pages", (4096, 60), torch.int32).fill_(-77)
+    table = PageTable(step, geometry, heads, workspace)
+    selected = torch.full((len(rows), heads, step.max_selected), -1, dtype=torch.int32)
+    for w, s in enumerate(rows):
+        far = np.arange(windows.far_begin[s], windows.far_end[s])
+        for head in range(heads):
+            chosen = random.choice(far, windows.num_selected[s], replace=False)
+            selected[w, head] = torch.from_numpy(np.sort(chosen))
+    table.write_selected(selected)
+    return geometry, batch, heads, step, table, selected
+
+
+def expected_pages(windows: Windows, s: int, page: int, chosen: list[int]) -> list[int]:
+    """Logical pages of a window's row, from its definition."""
+    every = list(range(-(-int(windows.context_end[s]) // page)))
+    if not windows.sparse[s]:
+        return every
+    return every[: windows.far_begin[s]] + chosen + every[windows.far_end[s] :]
+
+
+@given(tables())
+@settings(max_examples=80, deadline=None)
+def test_rows(made: Made) -> None:
+    geometry, _, heads, step, table, selected = made
+    windows = step.windows
+    sparse = step.sparse_windows.tolist()
+    assert table.table.shape == (len(windows) * heads, geometry.max_pages_per_row())
+    for s in range(len(windows)):
+        pages = step.block_table_host[windows.request[s]]
+        for head in range(heads):
+            chosen = selected[sparse.index(s), head].tolist() if s in sparse else []
+            logical = expected_pages(windows, s, geometry.page, chosen)
+            row = s * heads + head
+            found = table.table[row, : len(logical)].tolist()
+            assert found == [int(pages[n]) * heads + head for n in logical]
+            # Only the last page may be partly filled, as in the request itself.
+            missing = -int(windows.context_end[s]) % geometry.page
+            assert int(table.seq_lens[row]) == len(logical) * geometry.page - missing
+            assert table.seq_lens[row] >= windows.num_tokens[s]
+
+
+@given(tables())
+@settings(max_examples=80, deadline=None)
+def test_no_row_is_wider_than_the_table(made: Made) -> None:
+    """A wider one would be written past its end, into the next row or outside."""
+    geometry, table = made[0], made[4]
+    most = int((table.seq_lens + geometry.page - 1).max()) // geometry.page
+    assert most <= geometry.max_pages_per_row()
+
+
+@given(tables())
+@settings(max_examples=80, deadline=None)
+def test_query_order(made: Made) -> None:
+    _, batch, heads, step, table, _ = made
+    windows = step.windows
+    total = sum(piece.tokens for piece in batch) * heads
+    assert table.query_start[0] == 0
+    assert table.query_start[-1] == total
+    assert table.query_start.diff().tolist() == np.repeat(windows.num_tokens, heads).tolist()
+    order = head_major_order(step, heads)
+    places = list(range(total)) if order is None else order.tolist()
+    assert sorted(places) == list(range(total))
+    for s in range(len(windows)):
+        for head in range(heads):
+            start = int(table.query_start[s * heads + head])
+            for i in range(windows.num_tokens[s]):
+                assert places[start + i] == (windows.token_start[s] + i) * heads + head
+
+
+@pytest.mark.parametrize("heads", [1, 2, 8])
+def test_decoding_needs_no_reordering(heads: int) -> None:
+    geometry = PageGeometry(4, 8, 1, 4, 2, 0)
+    batch = [Piece(row, 50 + row, 1, False) for row in range(3)]
+    step = Step(cut(geometry, batch), torch.zeros((3, 20), dtype=torch.int32))
+    assert head_major_order(step, heads) is None
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 4, 6), (5, 3, 4, 6), (7, 2, 32, 128)], ids=str)
+def test_single_head_view(shape: tuple[int, ...]) -> None:
+    pages, heads, page, width = shape
+    cache = torch.arange(pages * heads * page * width).view(shape)
+    single = single_head_view(cache)
+    assert single.shape == (pages * heads, 1, page, width)
+    assert single.data_ptr() == cache.data_ptr()
+    for b in range(pages):
+        for h in range(heads):
+            assert torch.equal(single[b * heads + h, 0], cache[b, h])
+
+
+@pytest.mark.parametrize(
+    "cache",
+    [
+        pytest.param(torch.zeros(4, 8, 2, 6).transpose(1, 2), id="token-major"),
+        pytest.param(torch.zeros(4, 8, 12), id="three-dimensional"),
+        pytest.param(torch.zeros(4, 2, 8, 12)[..., :6], id="part of a wider cache"),
+    ],
+)
+def test_other_layouts_are_refused(cache: torch.Tensor) -> None:
+    with pytest.raises(KvplugError, match="contiguous head-major"):
+        single_head_view(cache)

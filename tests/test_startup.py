@@ -1,0 +1,227 @@
+"""Adopting an engine: what kvplug refuses, in one sentence, and the one thing that it changes.
+
+The engine's config is made up: `adopt` reads it by its attributes.
+"""
+
+from __future__ import annotations
+
+import logging
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from kvplug.errors import KvplugError
+from kvplug.selection import BACKEND_PATH, PAGE_KEY, is_selected, page_of
+from kvplug.startup import adopt
+
+
+def backend(path: str = BACKEND_PATH, name: str = "CUSTOM") -> SimpleNamespace:
+    return SimpleNamespace(name=name, get_path=lambda: path)
+
+
+def engine(options: dict[str, Any] | None = None, **changed: Any) -> SimpleNamespace:
+    """A config that kvplug serves; ``section__field=value`` changes it."""
+    model = SimpleNamespace(
+        model="some-model", use_mla=False, is_attention_free=False, is_hybrid=False,
+        has_inner_state=False, is_encoder_decoder=False, runner_type="generate",
+        hf_text_config=SimpleNamespace(model_type="llama"),
+        get_total_num_hidden_layers=lambda: 12,
+    )  # fmt: skip
+    config = SimpleNamespace(
+        attention_config=SimpleNamespace(backend=backend()),
+        additional_config={} if options is None else {"kvplug": options},
+        model_config=model,
+        cache_config=SimpleNamespace(block_size=128, user_specified_block_size=False),
+        scheduler_config=SimpleNamespace(
+            max_num_batched_tokens=8192, long_prefill_token_threshold=0, max_num_seqs=64
+        ),
+        parallel_config=SimpleNamespace(
+            decode_context_parallel_size=1, prefill_context_parallel_size=1, tensor_parallel_size=1
+        ),
+    )
+    for path, value in changed.items():
+        section, _, name = path.partition("__")
+        setattr(getattr(config, section), name, value)
+    return config
+
+
+def refusal(config: Any) -> str:
+    """What the user reads; a refused engine is left as it was."""
+    block = config.cache_config.block_size
+    with pytest.raises(KvplugError) as caught:
+        adopt(config)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert message.endswith(".")
+    assert config.cache_config.block_size == block
+    return message
+
+
+@pytest.mark.parametrize("options", [None, {}, {"window": 512}, {"dense_layers": [0, 11]}], ids=str)
+def test_the_block_becomes_one_window(options: dict[str, Any] | None) -> None:
+    config = engine(options)
+    adopt(config)
+    assert config.cache_config.block_size == (options or {}).get("window", 256)
+    assert page_of(config) == 32
+
+
+def test_twice_is_once() -> None:
+    config = engine({"window": 128}, cache_config__block_size=64)
+    config.cache_config.user_specified_block_size = True
+    adopt(config)
+    adopt(config)
+    assert config.cache_config.block_size == 128
+    assert config.additional_config == {"kvplug": {"window": 128}, PAGE_KEY: 64}
+
+
+@pytest.mark.parametrize(("given", "page"), [(False, 32), (True, 64)], ids=["default", "given"])
+def test_the_page_is_kept_for_later_processes(given: bool, page: int) -> None:
+    config = engine(cache_config__block_size=64, cache_config__user_specified_block_size=given)
+    adopt(config)
+    assert config.additional_config[PAGE_KEY] == page
+    # A copy of an adopted config, as a worker gets it, has a block of one window.
+    copy = engine(cache_config__block_size=256, cache_config__user_specified_block_size=True)
+    copy.additional_config = dict(config.additional_config)
+    adopt(copy)
+    assert page_of(copy) == page
+
+
+@pytest.mark.parametrize(
+    ("changed", "what"),
+    [
+        ({"model_config__use_mla": True}, "MLA"),
+        ({"model_config__is_attention_free": True}, "no attention"),
+        ({"model_config__is_hybrid": True}, "hybrid"),
+        ({"model_config__has_inner_state": True}, "recurrent"),
+        ({"model_config__is_encoder_decoder": True}, "an encoder"),
+        ({"model_config__runner_type": "pooling"}, "an encoder"),
+    ],
+    ids=str,
+)
+def test_models_that_are_refused(changed: dict[str, Any], what: str) -> None:
+    message = refusal(engine(**changed))
+    assert message.startswith("kvplug serves decoder models with")
+    assert what in message.partition("some-model has ")[2]
+
+
+@pytest.mark.parametrize(
+    "hf_config",
+    [
+        {"model_type": "bloom"},
+        {"model_type": "falcon", "alibi": True},
+        {"model_type": "mpt", "attn_config": {"alibi": True}},
+        {"model_type": "mpt", "attn_config": SimpleNamespace(alibi=True)},
+        {"model_type": "jais", "position_embedding_type": "alibi"},
+    ],
+    ids=["bloom", "falcon", "mpt-dict", "mpt-object", "jais"],
+)
+def test_alibi_is_refused_in_every_spelling(hf_config: dict[str, Any]) -> None:
+    message = refusal(engine(model_config__hf_text_config=SimpleNamespace(**hf_config)))
+    assert "ALiBi" in message
+
+
+def test_alibi_of_real_configs() -> None:
+    """As transformers builds them; MPT's nested one has ALiBi by default."""
+    from transformers import BloomConfig, FalconConfig, LlamaConfig, MptConfig
+
+    for hf_config in (BloomConfig(), FalconConfig(alibi=True), MptConfig()):
+        assert "ALiBi" in refusal(engine(model_config__hf_text_config=hf_config))
+    for hf_config in (LlamaConfig(), FalconConfig(alibi=False)):
+        adopt(engine(model_config__hf_text_config=hf_config))
+
+
+@pytest.mark.parametrize(
+    "hf_config",
+    [
+        {"model_type": "falcon", "alibi": False},
+        {"model_type": "mpt", "attn_config": {"alibi": False}},
+        {"model_type": "bert", "position_embedding_type": "absolute"},
+    ],
+    ids=["falcon", "mpt", "absolute"],
+)
+def test_without_alibi_it_is_served(hf_config: dict[str, Any]) -> None:
+    adopt(engine(model_config__hf_text_config=SimpleNamespace(**hf_config)))
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"scheduler_config__max_num_batched_tokens": 255}, "--max-num-batched-tokens 255"),
+        ({"scheduler_config__long_prefill_token_threshold": 255}, "--long-prefill-token-threshold"),
+        ({"parallel_config__decode_context_parallel_size": 2}, "context parallelism"),
+        ({"parallel_config__prefill_context_parallel_size": 2}, "context parallelism"),
+    ],
+    ids=str,
+)
+def test_combinations_that_are_refused(changed: dict[str, Any], words: str) -> None:
+    message = refusal(engine(**changed))
+    assert words in message
+    if "255" in message:
+        assert "raise it to 256 or more" in message
+
+
+@pytest.mark.parametrize(
+    ("tokens", "threshold", "warned"), [(256, 256, True), (318, 0, True), (319, 257, False)]
+)
+def test_limits_that_just_do(tokens: int, threshold: int, warned: bool, caplog: Any) -> None:
+    """Served; and warned of where 64 decoding requests leave no room for a window of 256."""
+    logging.getLogger("vllm").propagate, before = True, logging.getLogger("vllm").propagate
+    config = engine(
+        scheduler_config__max_num_batched_tokens=tokens,
+        scheduler_config__long_prefill_token_threshold=threshold,
+    )
+    with caplog.at_level("WARNING", "vllm.kvplug"):
+        adopt(config)
+    logging.getLogger("vllm").propagate = before
+    assert ("leave no room for a prefill window" in caplog.text) == warned
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"bugdet": 1}, "did you mean 'budget'"),
+        ({"budget": 0}, "greater than 0"),
+        ({"policy": "simhsh"}, "did you mean 'simhash'"),
+        ({"options": {"lst": 1}}, "did you mean 'last'"),
+        ({"window": 100}, "multiple of the page size 32"),
+        ({"budget": 16}, "at least one page of 32"),
+        ({"dense_layers": [12]}, "0 to 11"),
+    ],
+    ids=str,
+)
+def test_bad_options_are_refused(options: dict[str, Any], words: str) -> None:
+    assert words in refusal(engine(options))
+
+
+@pytest.mark.parametrize("other", [None, backend(name="CPU_ATTN")], ids=["none", "another"])
+def test_options_without_the_backend_are_refused(other: Any) -> None:
+    message = refusal(engine({}, attention_config__backend=other))
+    assert "--attention-backend CUSTOM" in message
+
+
+def test_a_backend_that_another_plugin_holds_is_refused() -> None:
+    message = refusal(engine({}, attention_config__backend=backend("their.Backend")))
+    assert "their.Backend" in message
+    assert "VLLM_PLUGINS" in message
+
+
+@pytest.mark.parametrize(
+    "other",
+    [None, backend(name="CPU_ATTN"), backend("their.Backend")],
+    ids=["none", "another", "another plugin's"],
+)
+def test_an_engine_that_did_not_ask_is_left_alone(other: Any) -> None:
+    config = engine(None, attention_config__backend=other, model_config__use_mla=True)
+    adopt(config)
+    assert not is_selected(config)
+    assert config.cache_config.block_size == 128
+    assert config.additional_config == {}
+
+
+def test_a_config_without_a_model_is_left_alone() -> None:
+    """vLLM makes such ones in passing."""
+    config = engine()
+    config.model_config = None
+    adopt(config)
+    assert config.cache_config.block_size == 128
