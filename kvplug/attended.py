@@ -11,7 +11,7 @@ from kvplug.windows import cut_windows
 
 
 def attended_share(config: KvplugConfig, page: int, prompt: int, decoded: int) -> float:
-    """Pages attended / pages available, over every query token of one request, per retrieving layer.
+    """Pages attended / pages available, over all queries of a request, per layer.
 
     Args:
         config: The engine's options.

@@ -150,6 +150,8 @@ def bench(
     chunk: Annotated[int, typer.Option(help="Prompt tokens per step, for every engine.")] = 4096,
     decoded: Annotated[int, typer.Option(min=8, help="Tokens decoded per request.")] = 64,
     needles: Annotated[int, typer.Option(help="Questions about the longest document.")] = 0,
+    dense_repeats: Annotated[int, typer.Option(help="Repeats of stock vLLM; 0: as others.")] = 0,
+    eager: Annotated[bool, typer.Option("--eager", help="Without vLLM's compiler.")] = False,
     as_json: JsonFlag = False,
 ) -> None:
     """Compare recipes with stock vLLM on this machine, one engine after the other."""
@@ -158,11 +160,11 @@ def bench(
     from kvplug.machine import num_threads, versions
 
     job = Job(
-        "", model, numbers(contexts), numbers(batches), repeats, page, chunk, decoded, needles,
+        "", model, numbers(contexts), numbers(batches), repeats, page, chunk, decoded, eager, needles,
         {"budget": budget, **parse_object(options)},
     )  # fmt: skip
     with progress() as say:
-        result = compare(job, policies.split(","), say)
+        result = compare(job, policies.split(","), dense_repeats or repeats, say)
     if as_json:
         print(json.dumps(result.rows))
         return

@@ -27,12 +27,15 @@ class Comparison:
     recall: list[dict[str, Any]]
 
 
-def compare(job: Job, policies: Sequence[str], say: Callable[[str], None]) -> Comparison:
+def compare(
+    job: Job, policies: Sequence[str], dense_repeats: int, say: Callable[[str], None]
+) -> Comparison:
     """Measures the baseline first, then every policy, each in a process of its own.
 
     Args:
         job: What to measure; its ``policy`` is set for each.
         policies: Recipes, STOCK, UNSELECTED. The baseline is added if it is missing.
+        dense_repeats: Times each cell of the baseline is measured.
         say: Told of each finished cell.
 
     Raises:
@@ -46,7 +49,10 @@ def compare(job: Job, policies: Sequence[str], say: Callable[[str], None]) -> Co
     baseline: dict[tuple[int, int], dict[str, Any]] = {}
     for policy in ordered:
         say(f"{policy}: starting its engine")
-        for kind, data in _run(replace(job, policy=policy)):
+        mine = replace(job, policy=policy)
+        if policy in (STOCK, UNSELECTED):  # their questions would be answered all the same
+            mine = replace(mine, repeats=dense_repeats, needles=0)
+        for kind, data in _run(mine):
             if kind == "RECALL":
                 result.recall.append({"policy": policy, **data})
                 say(f"{policy}: recalled {data['recalled']} of {data['needles']} needles")

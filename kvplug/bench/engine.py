@@ -52,9 +52,9 @@ class Bench:
             block_size=job.page,
             max_model_len=max(job.contexts) + job.decoded + 64,
             max_num_batched_tokens=job.chunk,
-            enforce_eager=True,
+            enforce_eager=job.eager,
             disable_log_stats=True,
-            # Cells are measured cold: every prompt of the timed part is told apart by a salt.
+            # Only the questions share a prefix; timed prompts are told apart by a salt.
             enable_prefix_caching=job.needles > 0,
             **selection,
         )

@@ -32,6 +32,8 @@ class Job:
     """vLLM's limit of prompt tokens per step, for every policy."""
     decoded: int
     """Tokens decoded per request."""
+    eager: bool
+    """Run vLLM without its compiler: starts sooner, decodes slower."""
     needles: int
     """Questions asked about one document of the longest context; 0 for none."""
     options: dict[str, Any] = field(default_factory=dict)
