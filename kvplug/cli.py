@@ -160,24 +160,21 @@ def bench(
     from kvplug.machine import num_threads, versions
 
     job = Job(
-        "", model, numbers(contexts), numbers(batches), repeats, page, chunk, decoded, eager, needles,
-        {"budget": budget, **parse_object(options)},
+        "", model, numbers(contexts), numbers(batches), repeats, page, chunk, decoded, eager,
+        needles, {"budget": budget, **parse_object(options)},
     )  # fmt: skip
     with progress() as say:
-        result = compare(job, policies.split(","), dense_repeats or repeats, say)
+        rows = compare(job, policies.split(","), dense_repeats or repeats, say)
     if as_json:
-        print(json.dumps(result.rows))
+        print(json.dumps(rows))
         return
     kinds = " ".join(f"{name} {version}" for name, version in versions().items())
     table = Table(title=f"{model}, {num_threads()} threads, medians of {repeats}; {kinds}")
-    for column in (result.rows or [{}])[0]:
+    for column in rows[0]:
         table.add_column(column.replace("_", " "))
-    for row in result.rows:
+    for row in rows:
         table.add_row(*(f"{v:.2f}" if isinstance(v, float) else str(v) for v in row.values()))
     out.print(table)
-    for line in result.recall:
-        out.print(f"{line['policy']}: {line['recalled']} of {line['needles']} needles at "
-                  f"{line['context_tokens']} tokens", highlight=False)  # fmt: skip
 
 
 def numbers(text: str) -> list[int]:

@@ -13,9 +13,8 @@ class Workspace:
     A tensor handed out is valid until the next :meth:`take` of the same name.
     """
 
-    def __init__(self, device: torch.device | None = None) -> None:
-        """Starts empty, on ``device`` (default: host)."""
-        self._device = device or torch.device("cpu")
+    def __init__(self) -> None:
+        """Starts empty."""
         self._buffers: dict[str, torch.Tensor] = {}
 
     def take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
@@ -29,7 +28,7 @@ class Workspace:
         size = math.prod(shape)
         buffer = self._buffers.get(name)
         if buffer is None or buffer.numel() < size:
-            buffer = torch.empty(size + size // 2, dtype=dtype, device=self._device)
+            buffer = torch.empty(size + size // 2, dtype=dtype)
             self._buffers[name] = buffer
         return buffer[:size].view(shape)
 

@@ -72,6 +72,7 @@ def run_vllm(arguments: Sequence[str]) -> None:
         KvplugError: kvplug refuses the engine; whatever vLLM wrapped it in is taken off.
         SystemExit: As vLLM exits.
     """
+    from pydantic import ValidationError
     from vllm.entrypoints.cli import serve
     from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
     from vllm.logger import configure_logging_from_args
@@ -91,6 +92,9 @@ def run_vllm(arguments: Sequence[str]) -> None:
         commands[parsed.subparser].cmd(parsed)
     except Exception as error:
         refusal = find_refusal(error)
+        if refusal is None and isinstance(error, ValidationError):
+            words = error.errors()[0]["msg"].removeprefix("Value error, ")
+            refusal = KvplugError(f"vLLM refuses its configuration: {' '.join(words.split())}")
         if refusal is None:
             raise
         raise refusal from None

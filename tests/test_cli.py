@@ -40,8 +40,8 @@ def test_serve_passes_flags_on(served: list[list[str]], monkeypatch: pytest.Monk
     code = run(
         monkeypatch, "serve", "some/model", "--budget", "512", "--policy", "simhash", "--port", "9",
         "--dense-below", "0", "--enforce-eager", "--dense-layers", "0,3", "--max-model-len=4096",
-        "--options", '{"last": 2}', "--seed", "5", "--sink", "0", "--local", "64", "--window", "128",
-        "--additional-config", '{"other": 1}',
+        "--options", '{"last": 2}', "--seed", "5", "--sink", "0", "--local", "64",
+        "--window", "128", "--additional-config", '{"other": 1}',
     )  # fmt: skip
     assert code == 0
     [arguments] = served

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from kvplug.bench.job import STOCK, UNSELECTED, Job
@@ -19,17 +19,9 @@ from kvplug.policies import check
 BYTES_PER_GIB = 2**30
 
 
-@dataclass
-class Comparison:
-    """Rows of all policies, and what each recalled."""
-
-    rows: list[dict[str, Any]]
-    recall: list[dict[str, Any]]
-
-
 def compare(
     job: Job, policies: Sequence[str], dense_repeats: int, say: Callable[[str], None]
-) -> Comparison:
+) -> list[dict[str, Any]]:
     """Measures the baseline first, then every policy, each in a process of its own.
 
     Args:
@@ -38,6 +30,10 @@ def compare(
         dense_repeats: Times each cell of the baseline is measured.
         say: Told of each finished cell.
 
+    Returns:
+        The rows of the public interface, and ``same_tokens`` (whether greedy tokens equal the
+        baseline's), ``needles`` and ``recalled`` (in rows of the longest context).
+
     Raises:
         KvplugError: Bad options, or an engine that fails; the message has its last words.
     """
@@ -45,7 +41,7 @@ def compare(
     for policy in ordered[1:]:
         if policy != UNSELECTED:
             check({"policy": policy, **job.options}).check_page(job.page)
-    result = Comparison([], [])
+    rows: list[dict[str, Any]] = []
     baseline: dict[tuple[int, int], dict[str, Any]] = {}
     for policy in ordered:
         say(f"{policy}: starting its engine")
@@ -54,14 +50,16 @@ def compare(
             mine = replace(mine, repeats=dense_repeats, needles=0)
         for kind, data in _run(mine):
             if kind == "RECALL":
-                result.recall.append({"policy": policy, **data})
+                for row in rows:
+                    if row["policy"] == policy and row["context_tokens"] == data["context_tokens"]:
+                        row.update(needles=data["needles"], recalled=data["recalled"])
                 say(f"{policy}: recalled {data['recalled']} of {data['needles']} needles")
                 continue
             cell = (data["context_tokens"], data["batch"])
             base = baseline.setdefault(cell, data)
-            result.rows.append(_row(policy, data, base))
+            rows.append(_row(policy, data, base))
             say(f"{policy}: {cell[0]} tokens x {cell[1]} done")
-    return result
+    return rows
 
 
 def _row(policy: str, data: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
@@ -73,6 +71,8 @@ def _row(policy: str, data: dict[str, Any], base: dict[str, Any]) -> dict[str, A
         "ttft_ratio": base["ttft_s"] / data["ttft_s"],
         "decode_ratio": data["decode_tok_s"] / base["decode_tok_s"],
         "same_tokens": tokens == base["tokens"],
+        "needles": None,
+        "recalled": None,
     }
 
 

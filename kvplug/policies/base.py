@@ -26,11 +26,6 @@ class Stages:
     always_dense: bool = False
     """Attend to everything, by the platform's own path."""
 
-    @property
-    def selects(self) -> bool:
-        """Whether any page is ever scored."""
-        return self.make_index is not None
-
 
 @dataclass(frozen=True)
 class Policy:
