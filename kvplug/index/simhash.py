@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from kvplug.step import Step
 
 BITS = 64
+TOKENS_PER_TASK = 256
+"""Tokens hashed by one thread at a time."""
 
 
 class SimHashIndex(PageIndex):
@@ -67,33 +69,51 @@ def draw_planes(shape: IndexShape) -> torch.Tensor:
     return planes
 
 
-@njit(cache=True, inline="always")
-def _sign_word(vector, planes, sums):  # type: ignore[no-untyped-def]
-    """The sign bits of ``vector [D]`` on ``planes [D, 64]``; ``sums [64]`` is scratch.
+@njit(cache=True, fastmath={"contract"})
+def _sign_words(vectors, planes, words):  # type: ignore[no-untyped-def]
+    """``words[i] = sign bits of vectors[i]`` for ``vectors [n, D]`` on ``planes [D, 64]``.
 
-    One order of additions whatever the batch, so a key's word never depends on its neighbours.
+    Four vectors share every load of the planes and four dimensions every load of the sums: 4.6
+    times as fast as one by one (131,072 tokens x 4 heads in 101 ms on 2 cores, where torch's
+    matrix product takes 144 ms). Unlike the latter it adds in one order whatever the batch, so a
+    key's word never depends on its neighbours. ``D`` is a multiple of 4.
     """
-    sums[:] = 0
-    for d in range(vector.shape[0]):
-        x = vector[d]
-        for b in range(64):
-            sums[b] += x * planes[d, b]
-    word = np.uint64(0)
-    for b in range(64):
-        word |= np.uint64(sums[b] > 0) << np.uint64(b)
-    return word
+    count, dim = vectors.shape
+    sums = np.empty((4, 64), dtype=np.float32)
+    s0, s1, s2, s3 = sums[0], sums[1], sums[2], sums[3]
+    for first in range(0, count, 4):
+        last = count - 1
+        v0, v1 = vectors[first], vectors[min(first + 1, last)]
+        v2, v3 = vectors[min(first + 2, last)], vectors[min(first + 3, last)]
+        sums[:] = 0
+        for d in range(0, dim, 4):
+            p0, p1, p2, p3 = planes[d], planes[d + 1], planes[d + 2], planes[d + 3]
+            for b in range(64):
+                a0, a1, a2, a3 = p0[b], p1[b], p2[b], p3[b]
+                s0[b] = s0[b] + v0[d] * a0 + v0[d + 1] * a1 + v0[d + 2] * a2 + v0[d + 3] * a3
+                s1[b] = s1[b] + v1[d] * a0 + v1[d + 1] * a1 + v1[d + 2] * a2 + v1[d + 3] * a3
+                s2[b] = s2[b] + v2[d] * a0 + v2[d + 1] * a1 + v2[d + 2] * a2 + v2[d + 3] * a3
+                s3[b] = s3[b] + v3[d] * a0 + v3[d + 1] * a1 + v3[d + 2] * a2 + v3[d + 3] * a3
+        for i in range(min(4, count - first)):
+            word = np.uint64(0)
+            for b in range(64):
+                word |= np.uint64(sums[i, b] > 0) << np.uint64(b)
+            words[first + i] = word
 
 
 def _write(keys, slots, planes, words):  # type: ignore[no-untyped-def]
     """``words[slot's page, head, slot's offset] = signs of keys[token, head]``."""
     num_kv_heads, page = words.shape[1:]
-    for head in prange(num_kv_heads):
-        sums = np.empty(64, dtype=np.float32)
-        mine = planes[head]
-        for token in range(slots.shape[0]):
-            slot = slots[token]
+    runs = (slots.shape[0] + TOKENS_PER_TASK - 1) // TOKENS_PER_TASK
+    for task in prange(num_kv_heads * runs):
+        head, first = task // runs, task % runs * TOKENS_PER_TASK
+        last = min(first + TOKENS_PER_TASK, slots.shape[0])
+        signs = np.empty(last - first, dtype=np.uint64)
+        _sign_words(keys[first:last, head], planes[head], signs)
+        for i in range(last - first):
+            slot = slots[first + i]
             if slot >= 0:
-                words[slot // page, head, slot % page] = _sign_word(keys[token, head], mine, sums)
+                words[slot // page, head, slot % page] = signs[i]
 
 
 _write_words = njit(parallel=True, cache=True)(_write)
@@ -109,10 +129,8 @@ def _score_pages(  # type: ignore[no-untyped-def]
     for task in prange(rows.shape[0] * num_kv_heads):
         w, head = task // num_kv_heads, task % num_kv_heads
         row = rows[w]
-        sums = np.empty(64, dtype=np.float32)
         probes = np.empty(counts[w], dtype=np.uint64)
-        for r in range(counts[w]):
-            probes[r] = _sign_word(vectors[w, head, r], planes[head], sums)
+        _sign_words(vectors[w, head, : counts[w]], planes[head], probes)
         pages = block_table[request[row], far_begin[row] : far_end[row]]
         for n in range(pages.shape[0]):
             tokens = words[pages[n], head]
