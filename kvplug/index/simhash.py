@@ -76,7 +76,7 @@ def _sign_words(vectors, planes, words):  # type: ignore[no-untyped-def]
     Four vectors share every load of the planes and four dimensions every load of the sums: 4.6
     times as fast as one by one (131,072 tokens x 4 heads in 101 ms on 2 cores, where torch's
     matrix product takes 144 ms). Unlike the latter it adds in one order whatever the batch, so a
-    key's word never depends on its neighbours. ``D`` is a multiple of 4.
+    key's word never depends on its neighbours.
     """
     count, dim = vectors.shape
     sums = np.empty((4, 64), dtype=np.float32)
@@ -86,7 +86,7 @@ def _sign_words(vectors, planes, words):  # type: ignore[no-untyped-def]
         v0, v1 = vectors[first], vectors[min(first + 1, last)]
         v2, v3 = vectors[min(first + 2, last)], vectors[min(first + 3, last)]
         sums[:] = 0
-        for d in range(0, dim, 4):
+        for d in range(0, dim - dim % 4, 4):
             p0, p1, p2, p3 = planes[d], planes[d + 1], planes[d + 2], planes[d + 3]
             for b in range(64):
                 a0, a1, a2, a3 = p0[b], p1[b], p2[b], p3[b]
@@ -94,6 +94,12 @@ def _sign_words(vectors, planes, words):  # type: ignore[no-untyped-def]
                 s1[b] = s1[b] + v1[d] * a0 + v1[d + 1] * a1 + v1[d + 2] * a2 + v1[d + 3] * a3
                 s2[b] = s2[b] + v2[d] * a0 + v2[d + 1] * a1 + v2[d + 2] * a2 + v2[d + 3] * a3
                 s3[b] = s3[b] + v3[d] * a0 + v3[d + 1] * a1 + v3[d + 2] * a2 + v3[d + 3] * a3
+        for d in range(dim - dim % 4, dim):
+            for b in range(64):
+                s0[b] += v0[d] * planes[d, b]
+                s1[b] += v1[d] * planes[d, b]
+                s2[b] += v2[d] * planes[d, b]
+                s3[b] += v3[d] * planes[d, b]
         for i in range(min(4, count - first)):
             word = np.uint64(0)
             for b in range(64):
