@@ -134,6 +134,7 @@ def bind_layers(vllm_config: Any) -> None:
     from vllm.model_executor.layers.attention import Attention
 
     from kvplug.attention.impl import KvplugImpl
+    from kvplug.compiled import warming_up
 
     config = options_of(vllm_config)
     model = vllm_config.model_config
@@ -147,9 +148,13 @@ def bind_layers(vllm_config: Any) -> None:
             )
         head = first_kv_head(vllm_config, layer.impl.num_kv_heads)
         layer.impl.bind(name, layer.kv_cache, dense, head, config.seed)
+    if all(layer.impl.sliding_window != -1 for layer in layers.values()):
+        raise KvplugError(
+            f"Every layer of {model.model} has a sliding window, so there is nothing to retrieve."
+        )
     pipelines = {id(layer.impl.pipeline): layer.impl for layer in layers.values()}
     for impl in pipelines.values():
-        with same_threads():
+        with same_threads(), warming_up():
             impl.pipeline.warm_up(impl.head_size)
     _report(vllm_config, layers)
 

@@ -23,7 +23,7 @@ LINKED = ("kernels", "patches", "serve")
 # kvplug: a module or a folder. A new part gets a line here.
 RANKS: tuple[tuple[str, ...], ...] = (
     ("kernels", "errors", "__init__"),
-    ("config", "numeric", "pages", "registry", "selection"),
+    ("compiled", "config", "numeric", "pages", "registry", "selection"),
     ("page_table", "step", "windows", "workspace"),
     ("segment", "index", "probe", "budget", "select"),
     ("policies",),

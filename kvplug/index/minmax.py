@@ -12,12 +12,18 @@ import numpy as np
 import torch
 from numba import njit, prange
 
+from kvplug.compiled import compiled
 from kvplug.index.base import IndexShape, PageIndex
 from kvplug.numeric import bits_float, float_bits
 
 if TYPE_CHECKING:
     from kvplug.probe.base import Probes
     from kvplug.step import Step
+
+LANES = 16
+"""Partial sums of a bound."""
+OPERATIONS = 4
+"""Vector operations per LANES dimensions of a bound, to estimate work."""
 
 
 class MinMaxIndex(PageIndex):
@@ -42,13 +48,15 @@ class MinMaxIndex(PageIndex):
         A page starts anew when its first slot is written, which vLLM does first whenever it hands
         a page to new content. Keys of rejected drafts widen the bounds until then: still bounds.
         """
-        _widen_bounds(keys.numpy(), slots.numpy(), self.shape.page, self._bounds_host)
+        _widen_bounds(keys.numel(), keys.numpy(), slots.numpy(), self.shape.page, self._bounds_host)
 
     def score(self, probes: Probes, step: Step, scores: torch.Tensor) -> None:
         """See :meth:`PageIndex.score`; the score is the largest bound of any probe."""
         windows = step.windows
+        work = scores.numel() * probes.vectors.shape[2] * self.shape.head_dim * OPERATIONS // LANES
         _score_bounds(
-            self._bounds_host, probes.vectors.numpy(), probes.counts.numpy(), step.sparse_windows,
+            work, self._bounds_host,
+            probes.vectors.numpy(), probes.counts.numpy(), step.sparse_windows,
             windows.request, windows.far_begin, windows.far_end, step.block_table_host,
             scores.numpy(),
         )  # fmt: skip
@@ -72,7 +80,7 @@ def _widened(bits):  # type: ignore[no-untyped-def]
     return bits_float(np.uint32(np.uint32(bits) << np.uint32(16)))
 
 
-@njit(parallel=True, cache=True)
+@compiled()
 def _widen_bounds(keys, slots, page, bounds):  # type: ignore[no-untyped-def]
     """Takes ``keys [T, Hk, D]`` into the bounds of their pages."""
     num_kv_heads, dim = keys.shape[1:]
@@ -91,25 +99,39 @@ def _widen_bounds(keys, slots, page, bounds):  # type: ignore[no-untyped-def]
                     high[d] = _round_out(x, True)
 
 
-@njit(parallel=True, cache=True, fastmath={"reassoc", "contract"})
+@njit(cache=True, fastmath={"contract"})
+def _bound(query, low, high, lanes):  # type: ignore[no-untyped-def]
+    """``sum_d max(q_d min_d, q_d max_d)``, added lane by lane: one order whoever calls."""
+    dim = query.shape[0]
+    lanes[:] = 0
+    for d in range(0, dim - dim % LANES, LANES):
+        for lane in range(LANES):
+            q = query[d + lane]
+            lanes[lane] += max(q * _widened(low[d + lane]), q * _widened(high[d + lane]))
+    total = np.float32(0)
+    for lane in range(LANES):
+        total += lanes[lane]
+    for d in range(dim - dim % LANES, dim):
+        total += max(query[d] * _widened(low[d]), query[d] * _widened(high[d]))
+    return total
+
+
+@compiled()
 def _score_bounds(  # type: ignore[no-untyped-def]
     bounds, vectors, counts, rows, request, far_begin, far_end, block_table, scores
 ):
     """``scores[w, h, n] = max over probes of sum_d max(q_d min_d, q_d max_d)``."""
-    num_kv_heads, dim = bounds.shape[1], bounds.shape[3]
+    num_kv_heads = bounds.shape[1]
     for task in prange(rows.shape[0] * num_kv_heads):
         w, head = task // num_kv_heads, task % num_kv_heads
         row = rows[w]
+        lanes = np.empty(LANES, dtype=np.float32)
         pages = block_table[request[row], far_begin[row] : far_end[row]]
         for n in range(pages.shape[0]):
             low, high = bounds[pages[n], head, 0], bounds[pages[n], head, 1]
             best = np.float32(-np.inf)
             for r in range(counts[w]):
-                total = np.float32(0)
-                for d in range(dim):
-                    q = vectors[w, head, r, d]
-                    total += max(q * _widened(low[d]), q * _widened(high[d]))
-                best = max(best, total)
+                best = max(best, _bound(vectors[w, head, r], low, high, lanes))
             scores[w, head, n] = best
 
 

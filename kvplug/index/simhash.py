@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from numba import njit, prange
 
+from kvplug.compiled import compiled
 from kvplug.index.base import IndexShape, PageIndex
 from kvplug.numeric import popcount
 
@@ -22,6 +23,10 @@ if TYPE_CHECKING:
     from kvplug.step import Step
 
 BITS = 64
+LANES = 16
+"""Floats in a vector register, to estimate work."""
+WORDS_PER_VECTOR = 8
+"""64-bit words in a vector register, to estimate work."""
 TOKENS_PER_TASK = 256
 """Tokens hashed by one thread at a time."""
 
@@ -46,14 +51,16 @@ class SimHashIndex(PageIndex):
 
     def write(self, keys: torch.Tensor, slots: torch.Tensor) -> None:
         """See :meth:`PageIndex.write`."""
-        write = _write_words if len(slots) > 1 else _write_words_serial
-        write(keys.numpy(), slots.numpy(), self._planes_host, self._words_host)
+        work = keys.numel() * (BITS // LANES)
+        _write_words(work, keys.numpy(), slots.numpy(), self._planes_host, self._words_host)
 
     def score(self, probes: Probes, step: Step, scores: torch.Tensor) -> None:
         """See :meth:`PageIndex.score`; the score is the number of equal bits, 0 to 64."""
         windows = step.windows
+        words = probes.vectors.shape[2] * self.shape.page // WORDS_PER_VECTOR
         _score_pages(
-            self._words_host, probes.vectors.numpy(), probes.counts.numpy(), self._planes_host,
+            scores.numel() * max(words, 1), self._words_host,
+            probes.vectors.numpy(), probes.counts.numpy(), self._planes_host,
             step.sparse_windows, windows.request, windows.far_begin, windows.far_end,
             step.block_table_host, scores.numpy(),
         )  # fmt: skip
@@ -107,7 +114,8 @@ def _sign_words(vectors, planes, words):  # type: ignore[no-untyped-def]
             words[first + i] = word
 
 
-def _write(keys, slots, planes, words):  # type: ignore[no-untyped-def]
+@compiled()
+def _write_words(keys, slots, planes, words):  # type: ignore[no-untyped-def]
     """``words[slot's page, head, slot's offset] = signs of keys[token, head]``."""
     num_kv_heads, page = words.shape[1:]
     runs = (slots.shape[0] + TOKENS_PER_TASK - 1) // TOKENS_PER_TASK
@@ -122,11 +130,7 @@ def _write(keys, slots, planes, words):  # type: ignore[no-untyped-def]
                 words[slot // page, head, slot % page] = signs[i]
 
 
-_write_words = njit(parallel=True, cache=True)(_write)
-_write_words_serial = njit(cache=True)(_write)
-
-
-@njit(parallel=True, cache=True)
+@compiled()
 def _score_pages(  # type: ignore[no-untyped-def]
     words, vectors, counts, planes, rows, request, far_begin, far_end, block_table, scores
 ):

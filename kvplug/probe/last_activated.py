@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from numba import njit, prange
 
+from kvplug.compiled import compiled
 from kvplug.errors import KvplugError
 from kvplug.probe.base import Probe, Probes
 
@@ -53,13 +54,14 @@ class LastAndActivatedProbe(Probe):
             "probe.vectors", (len(rows), num_kv_heads, most * group, dim), torch.float32
         )
         _last_and_activated(
-            queries.numpy(), step.windows.token_start, step.windows.num_tokens, rows, tokens,
+            queries.numel(), queries.numpy(),
+            step.windows.token_start, step.windows.num_tokens, rows, tokens,
             self.last, num_kv_heads, vectors.numpy(),
         )  # fmt: skip
         return Probes(vectors, torch.from_numpy(tokens * np.int32(group)))
 
 
-@njit(parallel=True, cache=True, fastmath=False)
+@compiled()
 def _last_and_activated(  # type: ignore[no-untyped-def]
     queries, token_start, num_tokens, rows, num_probed, last, num_kv_heads, out
 ):

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from numba import njit, prange
+from numba import prange
 
+from kvplug.compiled import compiled
 from kvplug.probe.base import Probe, Probes
 
 if TYPE_CHECKING:
@@ -34,13 +35,14 @@ class MeanProbe(Probe):
             "probe.vectors", (len(rows), num_kv_heads, group, dim), torch.float32
         )
         _mean_queries(
-            queries.numpy(), step.windows.token_start, step.windows.num_tokens, rows,
+            queries.numel(), queries.numpy(),
+            step.windows.token_start, step.windows.num_tokens, rows,
             vectors.view(len(rows), heads, dim).numpy(),
         )  # fmt: skip
         return Probes(vectors, torch.full((len(rows),), group, dtype=torch.int32))
 
 
-@njit(parallel=True, cache=True)
+@compiled()
 def _mean_queries(queries, token_start, num_tokens, rows, out):  # type: ignore[no-untyped-def]
     """``out[w, h] = mean of queries[tokens of window rows[w], h]``."""
     _, heads, dim = queries.shape

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from numba import njit, prange
 
+from kvplug.compiled import compiled
 from kvplug.numeric import float_bits
 from kvplug.select.base import Select
 
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 
 DIGITS = ((21, 11), (10, 11), (0, 10))
 """Bit position and width of the three digits of a 32-bit key, most significant first."""
+PASSES = len(DIGITS) + 2
+"""Times that a score is looked at."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,8 @@ class TopPages(Select):
         """See :meth:`Select.select`."""
         windows = step.windows
         _top_pages(
-            scores.numpy(), step.sparse_windows, windows.far_begin, windows.far_end,
+            scores.numel() * PASSES, scores.numpy(),
+            step.sparse_windows, windows.far_begin, windows.far_end,
             windows.num_selected, selected.numpy(),
         )  # fmt: skip
 
@@ -65,7 +69,7 @@ def _threshold(scores, wanted, histogram):  # type: ignore[no-untyped-def]
     return prefix, wanted
 
 
-@njit(parallel=True, cache=True)
+@compiled()
 def _top_pages(  # type: ignore[no-untyped-def]
     scores, rows, far_begin, far_end, num_selected, selected
 ):
