@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 from numba import njit
 
-ONE_THREAD_BELOW = 1 << 15
+ONE_THREAD_BELOW = 1 << 16
 """Elementary operations (one vector instruction, or one step of a scalar loop) worth a thread."""
 
 
