@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from kvplug.errors import KvplugError
-from kvplug.policies import check
 
 BACKEND_FLAGS = ("--attention-backend", "--attention_backend")
 CONFIG_FLAGS = ("--additional-config", "--additional_config")
@@ -25,6 +24,10 @@ def vllm_arguments(model: str, options: Mapping[str, Any], extra: Sequence[str])
     Raises:
         KvplugError: Bad options, or a flag that kvplug fills in itself.
     """
+    # Only here: the stages import numba, with which stock vLLM's CPU worker does not start
+    # (kvplug.patches.kernel_rebinding), and this file starts stock vLLM too.
+    from kvplug.policies import check
+
     check(options)
     passed, additional = _take_additional_config(extra)
     for argument in passed:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -85,7 +86,8 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-def last_words(log: Path, lines: int = 5) -> str:
-    """The end of a log, on one line."""
-    text = log.read_text(errors="replace").strip().splitlines()[-lines:]
-    return " | ".join(line.strip() for line in text) or "it printed nothing"
+def last_words(log: Path) -> str:
+    """Why a server ended: the first error that its log names, or else its last line."""
+    text = log.read_text(errors="replace").strip()
+    errors = re.findall(r"\b\w+(?:Error|Exception): .+", text)
+    return str(errors[0]) if errors else text.splitlines()[-1].strip() if text else "no words"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from typing import Any
 
@@ -174,3 +175,9 @@ def test_other_errors_stay_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RuntimeError) as caught:
         run_vllm(["serve", "m"])
     assert caught.value is error
+
+
+def test_starting_stock_vllm_imports_no_numba() -> None:
+    """Without the plugin's patches, vLLM's CPU worker dies in a process that has numba."""
+    code = "import sys, kvplug.serve.launch; print('numba' in sys.modules)"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "False"

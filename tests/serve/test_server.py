@@ -87,9 +87,11 @@ def test_a_server_that_dies_is_quoted(tmp_path: Path) -> None:
 def test_last_words(tmp_path: Path) -> None:
     log = tmp_path / "log"
     log.write_bytes(b"")
-    assert last_words(log) == "it printed nothing"
-    log.write_bytes(b"a\n  b \n\xff c\n\n")
-    assert last_words(log, 2) == "b | \ufffd c"
+    assert last_words(log) == "no words"
+    log.write_bytes(b"a\nb\n c \xff\n")
+    assert last_words(log) == "c \ufffd"
+    log.write_bytes(b"x ValueError: the cause\nRuntimeError: see above\nbye")
+    assert last_words(log) == "ValueError: the cause"
 
 
 def test_free_ports_are_free() -> None:
