@@ -78,7 +78,7 @@ def test_it_ends_when_the_caller_fails(tmp_path: Path) -> None:
 def test_a_server_that_dies_is_quoted(tmp_path: Path) -> None:
     dying = "import sys; print('first'); print('the reason'); sys.exit(3)"
     with (
-        pytest.raises(KvplugError, match=r"exit code 3: first \| the reason"),
+        pytest.raises(KvplugError, match="exit code 3: the reason"),
         running_server(["-c", dying], {}, tmp_path / "log"),
     ):
         raise AssertionError
