@@ -38,6 +38,8 @@ def adopt(vllm_config: Any) -> None:
     from kvplug.policies import make_policy
 
     config = options_of(vllm_config)
+    make_policy(config.policy, config.options)
+    _check_model(vllm_config.model_config)
     cache = vllm_config.cache_config
     extra = additional_config(vllm_config)
     if PAGE_KEY not in extra:
@@ -48,8 +50,6 @@ def adopt(vllm_config: Any) -> None:
             f"{DEFAULT_PAGE}, which vLLM's CPU kernel needs."
         )
     config.check_page(extra[PAGE_KEY])
-    make_policy(config.policy, config.options)
-    _check_model(vllm_config.model_config)
     _check_combination(vllm_config, config.window)
     config.resolve_dense_layers(vllm_config.model_config.get_total_num_hidden_layers())
     cache.block_size = config.window
