@@ -52,5 +52,6 @@ def test_too_long_a_request_is_an_openai_error(client, tokenizer):
     with pytest.raises(openai.BadRequestError) as refused:
         client[0].chat.completions.create(model="recall", messages=prompt.messages())
     assert refused.value.status_code == 400
-    reply = client[0].completions.create(model="recall", prompt="the old garden", max_tokens=3)
-    assert reply.choices[0].text
+    fits = needle_prompt(tokenizer, 2000, depth=0.6, seed=9)
+    reply = client[0].chat.completions.create(model="recall", messages=fits.messages())
+    assert reply.choices[0].message.content.strip() == fits.expected
