@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from kvplug.config import KvplugConfig
+from kvplug.config import KvplugConfig, json_object
 from kvplug.errors import KvplugError
 
 app = typer.Typer(
@@ -54,17 +54,6 @@ def parse_layers(text: str) -> Any:
         raise KvplugError(f"--dense-layers {text!r} must be auto or numbers like 0,1.") from None
 
 
-def parse_object(text: str) -> Any:
-    """A JSON object."""
-    try:
-        value = json.loads(text)
-    except ValueError:
-        value = None
-    if not isinstance(value, dict):
-        raise KvplugError(f"--options must be a JSON object, not {text!r}.")
-    return value
-
-
 @contextmanager
 def progress() -> Iterator[Callable[[str], None]]:
     """A spinner on stderr; the function it gives changes the text."""
@@ -99,7 +88,7 @@ def serve(
         "policy": policy, "budget": budget, "sink": sink, "local": local, "window": window,
         "dense_below": dense_below, "seed": seed,
         "dense_layers": None if dense_layers is None else parse_layers(dense_layers),
-        "options": None if options is None else parse_object(options),
+        "options": None if options is None else json_object(options, "--options"),
     }  # fmt: skip
     chosen = {name: value for name, value in given.items() if value is not None}
     run_vllm(vllm_arguments(model, chosen, context.args))
@@ -161,7 +150,7 @@ def bench(
 
     job = Job(
         "", model, numbers(contexts), numbers(batches), repeats, page, chunk, decoded, eager,
-        needles, {"budget": budget, **parse_object(options)},
+        needles, {"budget": budget, **json_object(options, "--options")},
     )  # fmt: skip
     with progress() as say:
         rows = compare(job, policies.split(","), dense_repeats or repeats, say)

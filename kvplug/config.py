@@ -6,6 +6,7 @@ command line reads its defaults and help texts from this class.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -106,3 +107,18 @@ def _first_problem(error: ValidationError, raw: Mapping[str, object]) -> str:
         )
     message = problem["msg"][0].lower() + problem["msg"][1:]
     return f"kvplug option {name}={raw[name]!r} ({field.description}): {message}."
+
+
+def json_object(text: str, flag: str) -> dict[str, Any]:
+    """The JSON object that a command-line flag was given.
+
+    Raises:
+        KvplugError: ``text`` is something else.
+    """
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise KvplugError(f"{flag} must be a JSON object, not {text!r}.")
+    return value

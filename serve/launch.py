@@ -7,6 +7,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from kvplug.config import json_object
 from kvplug.errors import KvplugError
 
 BACKEND_FLAGS = ("--attention-backend", "--attention_backend")
@@ -53,13 +54,7 @@ def _take_additional_config(extra: Sequence[str]) -> tuple[list[str], dict[str, 
             raw = value if equals else next(arguments, "")
         else:
             passed.append(argument)
-    try:
-        additional = json.loads(raw)
-    except ValueError:
-        additional = None
-    if not isinstance(additional, dict):
-        raise KvplugError(f"--additional-config must be a JSON object, not {raw!r}.")
-    return passed, additional
+    return passed, json_object(raw, CONFIG_FLAGS[0])
 
 
 def run_vllm(arguments: Sequence[str]) -> None:
