@@ -97,7 +97,8 @@ class Pipeline:
         step, stages, heads = plan.step, self.stages, self.num_kv_heads
         if index is None or stages.probe is None or step.max_selected == 0:
             return
-        probes = stages.probe.build(as_float(queries), heads, step, self.workspace)
+        floats = as_float(queries, self.workspace, "queries")
+        probes = stages.probe.build(floats, heads, step, self.workspace)
         num_windows = len(step.sparse_windows)
         scores = self.workspace.take(
             "scores", (num_windows, heads, step.max_far_pages), torch.float32
@@ -133,6 +134,8 @@ class Pipeline:
                 self.select(index, torch.zeros((tokens, heads, head_dim)), plan)
 
 
-def as_float(vectors: torch.Tensor) -> torch.Tensor:
-    """``vectors`` as contiguous float32, without a copy where they are that already."""
-    return vectors.to(torch.float32).contiguous()
+def as_float(vectors: torch.Tensor, workspace: Workspace, name: str) -> torch.Tensor:
+    """``vectors`` as contiguous float32, in the workspace unless they are that already."""
+    if vectors.dtype == torch.float32 and vectors.is_contiguous():
+        return vectors
+    return workspace.take(name, tuple(vectors.shape), torch.float32).copy_(vectors)

@@ -82,8 +82,8 @@ class KvplugImpl(CPUAttentionBackendImpl):
     ) -> None:
         """Writes keys and values to the cache, and keys to the index."""
         super().do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)
-        if self.index is not None:
-            self.index.write(as_float(key), slot_mapping)
+        if self.index is not None and self.pipeline is not None:
+            self.index.write(as_float(key, self.pipeline.workspace, "keys"), slot_mapping)
 
     def forward(
         self,
