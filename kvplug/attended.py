@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from kvplug.config import KvplugConfig
-from kvplug.pages import PageGeometry
-from kvplug.policies import make_policy
+from kvplug.pipeline import region_sizes
+from kvplug.policies import make_stages
 from kvplug.windows import cut_windows
 
 
@@ -19,11 +19,9 @@ def attended_share(config: KvplugConfig, page: int, prompt: int, decoded: int) -
         prompt: Tokens of the prompt.
         decoded: Tokens decoded after it.
     """
-    stages = make_policy(config.policy, config.options).stages()
-    if stages.always_dense:
+    if make_stages(config.policy, config.options).always_dense:
         return 1.0
-    budget = stages.budget.pages(config.budget, page) * page
-    geometry = PageGeometry.of(config, page, budget)
+    geometry = region_sizes(config, page)
     attended = available = 0.0
     for first, stop, prefilling in ((0, prompt, True), (prompt, prompt + decoded, False)):
         if stop == first:

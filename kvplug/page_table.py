@@ -47,25 +47,35 @@ class PageTable:
         """``[S * Hk]`` int32 tokens attended by the last query of each row."""
         self.query_start = workspace.take("table.query_start", (rows + 1,), torch.int32)
         """``[S * Hk + 1]`` int32 first query of each row in head-major token order."""
-        self._host = self.table.numpy()
+        self.page = geometry.page
+        self._host, self._seq_lens_host = self.table.numpy(), self.seq_lens.numpy()
         _write_fixed_pages(
             windows.request, windows.token_start, windows.num_tokens, windows.context_end,
             windows.far_begin, windows.far_end, windows.num_selected, windows.sparse,
             step.block_table_host, geometry.page, num_kv_heads,
-            self._host, self.seq_lens.numpy(), self.query_start.numpy(),
+            self._host, self._seq_lens_host, self.query_start.numpy(),
         )  # fmt: skip
 
-    def write_selected(self, selected: torch.Tensor) -> None:
+    def write_selected(self, selected: torch.Tensor, counts: torch.Tensor, varies: bool) -> None:
         """Writes one layer's selection.
 
         Args:
             selected: ``[W, Hk, K]`` int32 logical pages, as :meth:`Select.select` writes them.
+            counts: ``[W, Hk]`` int32, how many of them each row has.
+            varies: Whether ``counts`` differ from the budget that the rows were made for; local
+                pages then move up behind the selected ones, and ``seq_lens`` follow.
         """
-        windows = self.step.windows
+        windows, step = self.step.windows, self.step
         _write_selected_pages(
-            selected.numpy(), self.step.sparse_windows, windows.request, windows.far_begin,
-            windows.num_selected, self.step.block_table_host, self._host,
+            selected.numpy(), counts.numpy(), step.sparse_windows, windows.request,
+            windows.far_begin, step.block_table_host, self._host,
         )  # fmt: skip
+        if varies:
+            _write_local_pages(
+                counts.numpy(), step.sparse_windows, windows.request, windows.context_end,
+                windows.far_begin, windows.far_end, step.block_table_host, self.page,
+                self._host, self._seq_lens_host,
+            )  # fmt: skip
 
 
 @njit(cache=True)
@@ -96,7 +106,7 @@ def _write_fixed_pages(  # type: ignore[no-untyped-def]
 
 @njit(cache=True)
 def _write_selected_pages(  # type: ignore[no-untyped-def]
-    selected, rows, request, far_begin, num_selected, block_table, table
+    selected, counts, rows, request, far_begin, block_table, table
 ):
     """Puts each window's selected pages behind its sinks."""
     num_kv_heads = selected.shape[1]
@@ -105,8 +115,28 @@ def _write_selected_pages(  # type: ignore[no-untyped-def]
         pages = block_table[request[row]]
         for head in range(num_kv_heads):
             out = table[row * num_kv_heads + head]
-            for i in range(num_selected[row]):
+            for i in range(counts[w, head]):
                 out[far_begin[row] + i] = pages[selected[w, head, i]] * num_kv_heads + head
+
+
+@njit(cache=True)
+def _write_local_pages(  # type: ignore[no-untyped-def]
+    counts, rows, request, context_end, far_begin, far_end, block_table, page, table, seq_lens
+):
+    """Puts each sparse window's local pages behind ``counts`` selected ones, and its length."""
+    num_kv_heads = counts.shape[1]
+    for w in range(rows.shape[0]):
+        row = rows[w]
+        pages = block_table[request[row]]
+        num_pages = (context_end[row] + page - 1) // page
+        for head in range(num_kv_heads):
+            out = table[row * num_kv_heads + head]
+            filled = far_begin[row] + counts[w, head]
+            for n in range(far_end[row], num_pages):
+                out[filled] = pages[n] * num_kv_heads + head
+                filled += 1
+            unused = num_pages * page - context_end[row]
+            seq_lens[row * num_kv_heads + head] = filled * page - unused
 
 
 def head_major_order(step: Step, num_kv_heads: int) -> torch.Tensor | None:

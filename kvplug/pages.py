@@ -8,12 +8,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
+import torch
+
 from kvplug.errors import KvplugError
 
 if TYPE_CHECKING:
-    import torch
-
     from kvplug.config import KvplugConfig
+    from kvplug.workspace import Workspace
+
+TRANSPOSED_ISAS = ("vec", "vec16")
+"""Kernels of vLLM's that keep a page of keys as ``[D, P]``."""
 
 
 class PageGeometry(NamedTuple):
@@ -31,10 +35,20 @@ class PageGeometry(NamedTuple):
     """Far pages attended per window and KV head."""
     dense_below: int
     """Windows whose context ends at or before this token attend to everything."""
+    most_pages: int
+    """Most far pages that a row can hold; ``budget_pages`` unless budgets vary."""
 
     @classmethod
-    def of(cls, config: KvplugConfig, page: int, budget: int) -> PageGeometry:
-        """Geometry for pages of ``page`` tokens and ``budget`` far tokens.
+    def of(
+        cls, config: KvplugConfig, page: int, budget_pages: int, most_pages: int | None = None
+    ) -> PageGeometry:
+        """Geometry for pages of ``page`` tokens.
+
+        Args:
+            config: The user's options.
+            page: P.
+            budget_pages: Far pages of a window.
+            most_pages: Far pages that a window can have in one layer, where budgets vary.
 
         Raises:
             KvplugError: Window or budget does not fit the page.
@@ -45,8 +59,9 @@ class PageGeometry(NamedTuple):
             window=config.window,
             sink_pages=-(-config.sink // page),
             local=config.local,
-            budget_pages=budget // page,
+            budget_pages=budget_pages,
             dense_below=config.dense_below,
+            most_pages=budget_pages if most_pages is None else most_pages,
         )
 
     def max_pages_per_row(self) -> int:
@@ -58,7 +73,7 @@ class PageGeometry(NamedTuple):
         """
         local_pages = -(-(self.local + self.window) // self.page) + 1
         dense_pages = -(-self.dense_below // self.page) + 1
-        return max(self.sink_pages + self.budget_pages + local_pages, dense_pages)
+        return max(self.sink_pages + self.most_pages + local_pages, dense_pages)
 
 
 def single_head_view(kv_cache: torch.Tensor) -> torch.Tensor:
@@ -82,3 +97,44 @@ def single_head_view(kv_cache: torch.Tensor) -> torch.Tensor:
         )
     pages, heads, page, width = kv_cache.shape
     return kv_cache.view(pages * heads, 1, page, width)
+
+
+class KeyReader:
+    """Reads keys back from the cache, whose pages are packed for the kernel and are not rows.
+
+    The one place that knows the packings. vLLM's ``vec`` and ``vec16`` kernels keep a page of one
+    KV head transposed, ``[D, P]`` (found by writing known keys and looking).
+
+    Args:
+        keys: ``[pages * Hk, 1, P, D]``, the key half of a :func:`single_head_view`.
+        isa: vLLM's name of the kernel's instruction set; see :meth:`reads`.
+    """
+
+    def __init__(self, keys: torch.Tensor, isa: str) -> None:
+        """Views the pages as they are packed."""
+        assert self.reads(keys, isa)
+        rows, _, page, dim = keys.shape
+        strides = (keys.stride(0), page, 1)
+        self._pages = keys.as_strided((rows, dim, page), strides, keys.storage_offset())
+
+    @staticmethod
+    def reads(keys: torch.Tensor, isa: str) -> bool:
+        """Whether the packing and the type are known: 16-bit and 32-bit floats, transposed."""
+        return isa in TRANSPOSED_ISAS and keys.dtype.is_floating_point and keys.itemsize >= 2
+
+    def read(self, rows: torch.Tensor, workspace: Workspace) -> torch.Tensor:
+        """Copies pages of single heads.
+
+        Args:
+            rows: ``[n]`` int64, ``page * Hk + head``.
+            workspace: Owns the result, until the next call.
+
+        Returns:
+            ``[n, D, P]`` float32.
+        """
+        shape = (rows.shape[0], *self._pages.shape[1:])
+        packed = workspace.take("reader.packed", shape, self._pages.dtype)
+        torch.index_select(self._pages, 0, rows, out=packed)
+        if packed.dtype == torch.float32:
+            return packed
+        return workspace.take("reader.keys", shape, torch.float32).copy_(packed)

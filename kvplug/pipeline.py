@@ -1,7 +1,7 @@
-"""The pipeline: windows -> probe -> score -> select -> page table. The one place that strings it.
+"""The pipeline: windows -> probe -> score -> budget -> select -> page table.
 
-One :class:`Pipeline` serves all layers of a model on one worker; one :class:`LayerIndex` holds
-what a layer remembers of its keys.
+The one place that strings it. One :class:`Pipeline` serves all layers of a model on one worker;
+one :class:`LayerStages` holds what works on a layer and what it remembers.
 """
 
 from __future__ import annotations
@@ -11,27 +11,65 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import torch
 
-from kvplug.index.base import IndexShape
 from kvplug.page_table import PageTable, head_major_order
 from kvplug.pages import PageGeometry
-from kvplug.policies import make_policy
+from kvplug.policies import make_stages
+from kvplug.stage import Layer, LayerShape, Memory, Passage
 from kvplug.step import Step
 from kvplug.windows import cut_windows
 from kvplug.workspace import Workspace
 
 if TYPE_CHECKING:
+    from kvplug.budget.base import Budget
     from kvplug.config import KvplugConfig
     from kvplug.index.base import PageIndex
+    from kvplug.pages import KeyReader
+    from kvplug.probe.base import Probe
+    from kvplug.select.base import Select
     from kvplug.windows import Flags, Ints
 
 
 class Plan(NamedTuple):
-    """What every layer of a step shares, where at least one window is sparse."""
+    """What every layer of a step shares."""
 
     step: Step
-    table: PageTable
+    table: PageTable | None
+    """None: every window is dense, and the step is only watched."""
     order: torch.Tensor | None
     """Head-major order of queries; see :func:`kvplug.page_table.head_major_order`."""
+
+
+class LayerStages:
+    """The stages as they work on one layer.
+
+    Args:
+        pipeline: Whose recipe.
+        layer: The layer.
+    """
+
+    def __init__(self, pipeline: Pipeline, layer: Layer) -> None:
+        """Binds every stage."""
+        stages = pipeline.stages
+        assert stages.index is not None
+        assert stages.probe is not None
+        if stages.segment is not None:
+            stages.segment.for_layer(layer)
+        self.index: PageIndex = stages.index.for_layer(layer)
+        self.probe: Probe = stages.probe.for_layer(layer)
+        self.budget: Budget = stages.budget.for_layer(layer)
+        self.select: Select = stages.select.for_layer(layer)
+        self.memories: list[Memory] = [*layer.memories.values(), self.index]
+        self.watchers = [m for m in self.memories if type(m).watch is not Memory.watch]
+        self.writers = [m for m in self.memories if type(m).write is not Memory.write]
+
+    def write(self, keys: torch.Tensor, slots: torch.Tensor) -> None:
+        """Tells every memory of new keys; see :meth:`Memory.write`."""
+        for memory in self.writers:
+            memory.write(keys, slots)
+
+    def nbytes(self) -> float:
+        """Bytes that the layer's memories take when every page is in use."""
+        return sum(memory.nbytes() for memory in self.memories)
 
 
 class Pipeline:
@@ -48,20 +86,33 @@ class Pipeline:
 
     def __init__(self, config: KvplugConfig, page: int, num_kv_heads: int) -> None:
         """Builds the stages."""
-        self.policy = make_policy(config.policy, config.options)
-        self.stages = self.policy.stages()
-        budget = self.stages.budget.pages(config.budget, page) * page
-        self.geometry = PageGeometry.of(config, page, budget)
+        self.config = config
+        self.stages = make_stages(config.policy, config.options)
+        self.geometry = region_sizes(config, page)
         self.num_kv_heads = num_kv_heads
         self.workspace = Workspace()
+        self.common: dict[type, Memory] = {}
+        self.watched = False
+        self.unranked_rows = 0
+        """Rows (window, KV head) whose scores were not all finite."""
 
-    def make_index(self, shape: IndexShape) -> PageIndex | None:
-        """A layer's index, or None where the recipe needs none."""
-        return self.stages.make_index(shape) if self.stages.make_index else None
+    def make_layer(self, shape: LayerShape, reader: KeyReader | None) -> LayerStages | None:
+        """A layer's stages, or None where the recipe retrieves nothing."""
+        if self.stages.index is None:
+            return None
+        known = set(self.common)
+        layer = LayerStages(self, Layer(shape, self.common, reader))
+        # The first layer that asks for a shared memory feeds it.
+        layer.writers += [memory for kind, memory in self.common.items() if kind not in known]
+        needs_logits = self.stages.segment is not None and self.stages.segment.needs_logits
+        self.watched = self.watched or needs_logits or bool(layer.watchers)
+        return layer
 
     def is_dense_up_to(self, longest: int) -> bool:
-        """Whether a step whose longest context has ``longest`` tokens is dense throughout."""
-        return self.stages.always_dense or longest <= self.geometry.dense_below
+        """Whether a step whose longest context has ``longest`` tokens needs no plan at all."""
+        if self.stages.always_dense:
+            return True
+        return not self.watched and longest <= self.geometry.dense_below
 
     def plan(
         self, query_start: Ints, seq_lens: Ints, is_prefilling: Flags, block_table: torch.Tensor
@@ -75,63 +126,102 @@ class Pipeline:
             block_table: ``[B, max_pages]`` int32 physical pages.
 
         Returns:
-            None where every window is dense: the step then takes the stock path itself.
+            None where every window is dense and nobody watches: the step then takes the stock
+            path itself.
         """
         if self.stages.always_dense:
             return None
-        windows = cut_windows(query_start, seq_lens, is_prefilling, self.geometry)
-        if not windows.sparse.any():
+        batch = (query_start, seq_lens, is_prefilling, self.geometry)
+        windows = cut_windows(*batch)
+        is_sparse = bool(windows.sparse.any())
+        if not is_sparse and not self.watched:
             return None
-        step = Step(windows, block_table)
+        stream = cut_windows(*batch, merge=False) if self.watched else None
+        step = Step(windows, block_table, self.geometry.most_pages, stream, is_prefilling)
+        if not is_sparse:
+            return Plan(step, None, None)
         table = PageTable(step, self.geometry, self.num_kv_heads, self.workspace)
         return Plan(step, table, head_major_order(step, self.num_kv_heads))
 
-    def select(self, index: PageIndex | None, queries: torch.Tensor, plan: Plan) -> None:
-        """Chooses one layer's pages and writes them into the plan's page table.
+    def run(
+        self, layer: LayerStages | None, queries: torch.Tensor, keys: torch.Tensor, plan: Plan
+    ) -> None:
+        """Lets one layer's memories watch the step, and writes its pages into the plan's table.
 
         Args:
-            index: The layer's index; None leaves sinks and local pages only.
+            layer: The layer's stages; None leaves sinks and local pages only.
             queries: ``[T, H, D]`` of the whole step, any float dtype.
+            keys: ``[T, Hk, D]`` of the whole step, any float dtype.
             plan: The step's plan.
         """
-        step, stages, heads = plan.step, self.stages, self.num_kv_heads
-        if index is None or stages.probe is None or step.max_selected == 0:
+        if layer is None:
             return
         floats = as_float(queries, self.workspace, "queries")
-        probes = stages.probe.build(floats, heads, step, self.workspace)
-        num_windows = len(step.sparse_windows)
-        scores = self.workspace.take(
-            "scores", (num_windows, heads, step.max_far_pages), torch.float32
-        )
-        index.score(probes, step, scores)
-        selected = self.workspace.take(
-            "selected", (num_windows, heads, step.max_selected), torch.int32
-        )
-        stages.select.select(scores, step, selected)
-        plan.table.write_selected(selected)
+        if layer.watchers:
+            key_floats = as_float(keys, self.workspace, "keys")
+            passage = Passage(floats, key_floats, plan.step, self.workspace)
+            for memory in layer.watchers:
+                memory.watch(passage)
+        if plan.table is not None:
+            self._select(layer, floats, plan.step, plan.table)
 
-    def warm_up(self, head_dim: int) -> None:
+    def _select(
+        self, layer: LayerStages, queries: torch.Tensor, step: Step, table: PageTable
+    ) -> None:
+        """Probe, score, budget, select, page table."""
+        heads, workspace = self.num_kv_heads, self.workspace
+        probes = layer.probe.build(queries, heads, step, workspace)
+        num_windows = len(step.sparse_windows)
+        scores = workspace.take("scores", (num_windows, heads, step.max_far_pages), torch.float32)
+        layer.index.score(probes, step, scores)
+        counts = workspace.take("counts", (num_windows, heads), torch.int32)
+        counts.fill_(self.geometry.budget_pages)
+        if layer.budget.varies:
+            layer.budget.count(scores, step, counts, workspace)
+        shape = (num_windows, heads, step.max_selected)
+        selected = workspace.take("selected", shape, torch.int32)
+        layer.select.select(scores, step, counts, selected)
+        table.write_selected(selected, counts, layer.budget.varies)
+
+    def warm_up(self, shape: LayerShape, reader: KeyReader | None) -> None:
         """Compiles every kernel that a step can call, on a made-up one, before the first request.
 
         Args:
-            head_dim: D.
+            shape: Of a layer with at least as many pages as it takes for a window to be sparse.
+            reader: Reads the made-up layer's pages; any content will do.
         """
-        page, heads = self.geometry.page, self.num_kv_heads
-        context = self.geometry.dense_below + self.geometry.local + page
-        context += (self.geometry.sink_pages + self.geometry.budget_pages + 1) * page
-        pages = -(-context // page)
-        shape = IndexShape(pages, heads, page, head_dim, 0, 0, 0)
-        index = self.make_index(shape)
-        keys = torch.zeros((2, heads, head_dim))
-        if index is not None:
+        geometry, page, heads = self.geometry, self.geometry.page, self.num_kv_heads
+        layer = self.make_layer(shape, reader)
+        keys = torch.zeros((geometry.window, heads, shape.head_dim))
+        queries = torch.zeros((geometry.window, shape.num_heads, shape.head_dim))
+        context = sparse_context(geometry)
+        if layer is not None:
             for count in (1, 2):
-                index.write(keys[:count], torch.arange(count))
-        ends, table = np.array([context], np.int32), torch.arange(pages, dtype=torch.int32)[None]
-        for tokens in (1, self.geometry.window):
-            starts = np.array([0, tokens], np.int32)
-            plan = self.plan(starts, ends, np.array([tokens > 1]), table)
+                layer.write(keys[:count], torch.arange(count))
+        pages = torch.arange(-(-context // page), dtype=torch.int32)[None]
+        for tokens in (1, geometry.window):
+            starts, ends = np.array([0, tokens], np.int32), np.array([context], np.int32)
+            plan = self.plan(starts, ends, np.array([tokens > 1]), pages)
             if plan is not None:
-                self.select(index, torch.zeros((tokens, heads, head_dim)), plan)
+                self.run(layer, queries[:tokens], keys[:tokens], plan)
+
+
+def region_sizes(config: KvplugConfig, page: int) -> PageGeometry:
+    """Region sizes of an engine with pages of ``page`` tokens.
+
+    Raises:
+        KvplugError: Options that do not fit the recipe or the page.
+    """
+    budget = make_stages(config.policy, config.options).budget
+    pages = budget.pages(config.budget, page), budget.most_pages(config.budget, page)
+    return PageGeometry.of(config, page, *pages)
+
+
+def sparse_context(geometry: PageGeometry) -> int:
+    """A context, in whole windows, whose last window is sparse."""
+    tokens = geometry.dense_below + geometry.local + 2 * geometry.window
+    tokens += (geometry.sink_pages + geometry.most_pages + 1) * geometry.page
+    return -(-tokens // geometry.window) * geometry.window
 
 
 def as_float(vectors: torch.Tensor, workspace: Workspace, name: str) -> torch.Tensor:

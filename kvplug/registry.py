@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from kvplug.errors import KvplugError, nearest_name
 
@@ -55,3 +55,11 @@ class Registry(Generic[T]):
     def __contains__(self, name: object) -> bool:
         """Whether ``name`` is registered."""
         return name in self._entries
+
+
+def registry_of(kind: str, *entries: Any) -> Registry[Any]:
+    """A registry of classes that carry their own ``name``."""
+    registry: Registry[Any] = Registry(kind)
+    for entry in entries:
+        registry.register(entry.name)(entry)
+    return registry

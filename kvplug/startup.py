@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kvplug.errors import KvplugError
 from kvplug.selection import (
@@ -20,6 +20,9 @@ from kvplug.selection import (
     options_of,
     page_of,
 )
+
+if TYPE_CHECKING:
+    from kvplug.policies.base import Stages
 
 logger = logging.getLogger("vllm.kvplug")
 
@@ -35,10 +38,10 @@ def adopt(vllm_config: Any) -> None:
     """
     if not is_selected(vllm_config) or vllm_config.model_config is None:
         return
-    from kvplug.policies import make_policy
+    from kvplug.policies import make_stages
 
     config = options_of(vllm_config)
-    make_policy(config.policy, config.options)
+    stages = make_stages(config.policy, config.options)
     _check_model(vllm_config.model_config)
     cache = vllm_config.cache_config
     extra = additional_config(vllm_config)
@@ -51,6 +54,7 @@ def adopt(vllm_config: Any) -> None:
         )
     config.check_page(extra[PAGE_KEY])
     _check_combination(vllm_config, config.window)
+    _check_stages(stages, vllm_config)
     config.resolve_dense_layers(vllm_config.model_config.get_total_num_hidden_layers())
     cache.block_size = config.window
 
@@ -122,6 +126,27 @@ def _check_combination(vllm_config: Any, window: int) -> None:
         raise KvplugError("kvplug does not serve decode or prefill context parallelism.")
 
 
+def _check_stages(stages: Stages, vllm_config: Any) -> None:
+    """Refuses engine settings that the recipe's stages cannot work under.
+
+    Raises:
+        KvplugError: With the stage and what to change.
+    """
+    parallel = vllm_config.parallel_config
+    if stages.segment and stages.segment.needs_logits and parallel.pipeline_parallel_size > 1:
+        raise KvplugError(
+            f"Segment {stages.segment.name!r} needs the model's logits, which only the last of "
+            f"{parallel.pipeline_parallel_size} pipeline stages has: use "
+            f"--pipeline-parallel-size 1 or another policy."
+        )
+    margin = stages.hit_margin(1, 1)
+    if margin and vllm_config.speculative_config is not None:
+        raise KvplugError(
+            "This recipe learns from the queries of decoded tokens, and rejected drafts would "
+            "stay in what it learned: leave out --speculative-config or choose another policy."
+        )
+
+
 def bind_layers(vllm_config: Any) -> None:
     """Gives every layer its cache and index, and checks that kvplug is live where it should be.
 
@@ -132,6 +157,7 @@ def bind_layers(vllm_config: Any) -> None:
         return
     from vllm.config import get_layers_from_vllm_config
     from vllm.model_executor.layers.attention import Attention
+    from vllm.model_executor.models.utils import extract_layer_index
 
     from kvplug.attention.impl import KvplugImpl
     from kvplug.compiled import warming_up
@@ -140,23 +166,64 @@ def bind_layers(vllm_config: Any) -> None:
     model = vllm_config.model_config
     dense = config.resolve_dense_layers(model.get_total_num_hidden_layers())
     layers = get_layers_from_vllm_config(vllm_config, Attention)
+    retrieving = {}
     for name, layer in layers.items():
         if not isinstance(layer.impl, KvplugImpl):
             raise KvplugError(
                 f"kvplug is selected, but layer {name} runs {type(layer.impl).__name__}; refusing "
                 f"to serve without retrieval."
             )
-        head = first_kv_head(vllm_config, layer.impl.num_kv_heads)
-        layer.impl.bind(name, layer.kv_cache, dense, head, config.seed)
+        layer.impl.is_dense = layer.impl.is_dense or extract_layer_index(name) in dense
+        if layer.impl.retrieves:
+            retrieving[extract_layer_index(name)] = layer
     if all(layer.impl.sliding_window != -1 for layer in layers.values()):
         raise KvplugError(
             f"Every layer of {model.model} has a sliding window, so there is nothing to retrieve."
         )
-    pipelines = {id(layer.impl.pipeline): layer.impl for layer in layers.values()}
-    for impl in pipelines.values():
+    shapes = _shapes(vllm_config, retrieving)
+    for number, shape in shapes.items():
+        retrieving[number].impl.bind(retrieving[number].kv_cache, shape)
+    pipelines = {id(layer.impl.pipeline): number for number, layer in retrieving.items()}
+    for number in pipelines.values():
         with same_threads(), warming_up():
-            impl.pipeline.warm_up(impl.head_size)
+            warm_up(retrieving[number].impl, shapes[number])
     _report(vllm_config, layers)
+
+
+def _shapes(vllm_config: Any, layers: dict[int, Any]) -> dict[int, Any]:
+    """The geometry of each retrieving layer, by the layer's number."""
+    from kvplug.stage import LayerShape
+
+    config = options_of(vllm_config)
+    shapes = {}
+    for rank, (number, layer) in enumerate(sorted(layers.items())):
+        impl = layer.impl
+        pages, heads, page, width = layer.kv_cache.shape
+        shapes[number] = LayerShape(
+            num_pages=pages, num_kv_heads=heads, page=page, head_dim=width // 2, layer=number,
+            first_kv_head=first_kv_head(vllm_config, heads), seed=config.seed,
+            num_heads=impl.num_heads, num_layers=len(layers), rank=rank, window=config.window,
+            scale=impl.scale,
+        )  # fmt: skip
+    return shapes
+
+
+def warm_up(impl: Any, shape: Any) -> None:
+    """Compiles what a step of ``impl``'s pipeline calls, on a made-up layer that is then dropped.
+
+    The made-up layer has its own pipeline: shared memories must not be fed twice.
+    """
+    import torch
+
+    from kvplug.attention.attend.cpu import SingleHeadCache
+    from kvplug.pipeline import Pipeline, sparse_context
+
+    real = impl.pipeline
+    pipeline = Pipeline(real.config, shape.page, shape.num_kv_heads)
+    pages = sparse_context(pipeline.geometry) // shape.page + 1
+    cache = torch.zeros((pages, shape.num_kv_heads, shape.page, 2 * shape.head_dim))
+    reader = impl.attend.reader(SingleHeadCache.of(cache.to(impl.cache.keys.dtype)))
+    pipeline.warm_up(shape._replace(num_pages=pages), reader)
 
 
 @contextmanager
@@ -190,8 +257,10 @@ def first_kv_head(vllm_config: Any, num_kv_heads: int) -> int:
 
 def _report(vllm_config: Any, layers: dict[str, Any]) -> None:
     """Logs what is live and what the index costs."""
-    indexes = [layer.impl.index for layer in layers.values() if layer.impl.index is not None]
-    index_bytes = sum(index.state.nbytes for index in indexes)
+    stages = [layer.impl.stages for layer in layers.values() if layer.impl.stages is not None]
+    shared = {id(m): m for layer in layers.values() for m in layer.impl.pipeline.common.values()}
+    index_bytes = sum(layer.nbytes() for layer in stages)
+    index_bytes += sum(memory.nbytes() for memory in shared.values())
     kv_bytes = sum(layer.kv_cache.nbytes for layer in layers.values())
     config = options_of(vllm_config)
     share = f"1/{kv_bytes / index_bytes:.0f} of" if index_bytes else "none, beside"

@@ -19,12 +19,38 @@ class Step:
     Args:
         windows: The step's ``S`` windows.
         block_table: ``[B, max_pages]`` int32, physical page of each logical page of a request.
+        most_pages: Most far pages that a window can select in any layer and head.
+        stream: Every window of the step, dense ones included and not merged, with the far pages
+            that its place in the request gives it: what memories watch. None where nobody does.
+        is_prefilling: ``[B]`` whether a request's prompt was incomplete before this step.
     """
 
-    def __init__(self, windows: Windows, block_table: torch.Tensor) -> None:
+    def __init__(
+        self,
+        windows: Windows,
+        block_table: torch.Tensor,
+        most_pages: int,
+        stream: Windows | None = None,
+        is_prefilling: np.ndarray | None = None,
+    ) -> None:
         """Holds its arguments."""
         self.windows = windows
         self.block_table = block_table
+        self.most_pages = most_pages
+        self._stream = stream
+        self._is_prefilling = is_prefilling
+
+    @property
+    def stream(self) -> Windows:
+        """Every window of the step; see the class."""
+        assert self._stream is not None, "no stage of this recipe watches"
+        return self._stream
+
+    @cached_property
+    def stream_prefills(self) -> np.ndarray:
+        """``[S]`` whether a window of the stream is a part of its request's prompt."""
+        assert self._is_prefilling is not None
+        return self._is_prefilling[self.stream.request]
 
     @cached_property
     def block_table_host(self) -> Ints:
@@ -44,5 +70,5 @@ class Step:
 
     @cached_property
     def max_selected(self) -> int:
-        """K: the most far pages that any window of the step selects."""
-        return int(self.windows.num_selected.max(initial=0))
+        """K: the most far pages that any window of the step may select in a layer."""
+        return self.most_pages if len(self.sparse_windows) else 0

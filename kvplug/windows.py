@@ -39,7 +39,7 @@ class Windows(NamedTuple):
     far_end: Ints
     """``[S]`` page after the last retrievable one (the first local page of the first query)."""
     num_selected: Ints
-    """``[S]`` far pages to select; 0 in a dense window."""
+    """``[S]`` far pages to select, where the recipe's budget is fixed; 0 in a dense window."""
     sparse: Flags
     """``[S]`` whether the window attends to selected pages instead of everything."""
 
@@ -49,7 +49,12 @@ class Windows(NamedTuple):
 
 
 def cut_windows(
-    query_start: Ints, seq_lens: Ints, is_prefilling: Flags, geometry: PageGeometry
+    query_start: Ints,
+    seq_lens: Ints,
+    is_prefilling: Flags,
+    geometry: PageGeometry,
+    *,
+    merge: bool = True,
 ) -> Windows:
     """Cuts one step's batch into windows.
 
@@ -58,21 +63,23 @@ def cut_windows(
         seq_lens: ``[B]`` context length of each request after this step's tokens.
         is_prefilling: ``[B]`` whether the request's prompt was not complete before this step.
         geometry: Region sizes.
+        merge: Join adjacent dense windows of a request, and give dense ones no far pages. Without,
+            every window has an entry and the far pages that its place in the request gives it.
     """
     capacity = int(query_start[-1])
     columns = np.empty((7, capacity), dtype=np.int32)
     sparse = np.empty(capacity, dtype=np.bool_)
-    count = _cut(query_start, seq_lens, is_prefilling, geometry, columns, sparse)
+    count = _cut(query_start, seq_lens, is_prefilling, geometry, merge, columns, sparse)
     request, start, tokens, end, far_begin, far_end, selected = columns[:, :count]
     return Windows(request, start, tokens, end, far_begin, far_end, selected, sparse[:count])
 
 
 @njit(cache=True)
 def _cut(  # type: ignore[no-untyped-def]
-    query_start, seq_lens, is_prefilling, geometry, columns, sparse
+    query_start, seq_lens, is_prefilling, geometry, merge, columns, sparse
 ):
     """Fills ``columns`` (the fields of Windows, in order) and ``sparse``; returns S."""
-    page, window, sink_pages, local, budget_pages, dense_below = geometry
+    page, window, sink_pages, local, budget_pages, dense_below, _ = geometry
     count = 0
     for request in range(seq_lens.shape[0]):
         start, stop = query_start[request], query_start[request + 1]
@@ -95,11 +102,12 @@ def _cut(  # type: ignore[no-untyped-def]
                 columns[1, count] = token
                 columns[2, count] = length
                 columns[3, count] = end
-                columns[4, count] = sink_pages if is_sparse else 0
-                columns[5, count] = far_end if is_sparse else 0
+                has_regions = is_sparse or not merge
+                columns[4, count] = sink_pages if has_regions else 0
+                columns[5, count] = max(far_end, sink_pages) if has_regions else 0
                 columns[6, count] = budget_pages if is_sparse else 0
                 sparse[count] = is_sparse
                 count += 1
-            mergeable = not is_sparse
+            mergeable = merge and not is_sparse
             token += length
     return count

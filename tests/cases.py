@@ -18,6 +18,11 @@ class PolicyCase(NamedTuple):
     retrieves: bool = True
     """Whether it scores pages; without, a sparse window has no far pages at all."""
     always_dense: bool = False
+    indexes_on_write: bool = True
+    """Whether keys are indexed as they are written, and not when their page leaves the local
+    region."""
+    finds_a_key: bool = True
+    """Whether one outstanding key is enough for its page to be found."""
 
     @property
     def id(self) -> str:
@@ -35,16 +40,21 @@ POLICY_CASES = [
 ]
 
 
-def policy_params(*, retrieving: bool = False, sparse: bool = False) -> list[Any]:
+def policy_params(
+    *, retrieving: bool = False, sparse: bool = False, finds_a_key: bool = False
+) -> list[Any]:
     """The list as pytest parameters.
 
     Args:
         retrieving: Only those that score pages.
         sparse: Only those that ever leave the dense path.
+        finds_a_key: Only those for which one outstanding key is enough.
     """
     cases = [
         case
         for case in POLICY_CASES
-        if not (retrieving and not case.retrieves) and not (sparse and case.always_dense)
+        if not (retrieving and not case.retrieves)
+        and not (sparse and case.always_dense)
+        and not (finds_a_key and not case.finds_a_key)
     ]
     return [pytest.param(case, id=case.id) for case in cases]

@@ -9,6 +9,7 @@ names it is wrong.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -16,8 +17,9 @@ import numpy as np
 import torch
 
 from kvplug.config import KvplugConfig
-from kvplug.index.base import IndexShape, PageIndex
-from kvplug.pipeline import Pipeline, Plan
+from kvplug.pages import KeyReader
+from kvplug.pipeline import LayerStages, Pipeline, Plan
+from kvplug.stage import Layer, LayerShape
 from tests.cases import PolicyCase
 
 MAX_CONTEXT = 1024
@@ -57,6 +59,28 @@ def content(request: int, heads: int, salt: int) -> torch.Tensor:
     return torch.randn(MAX_CONTEXT, heads, HEAD_DIM, generator=generator)
 
 
+def layer_shape(**changed: Any) -> LayerShape:
+    """A small layer's geometry, with whatever a test needs changed."""
+    shape = LayerShape(
+        num_pages=40, num_kv_heads=3, page=8, head_dim=HEAD_DIM, layer=1, first_kv_head=0, seed=0,
+        num_heads=6, num_layers=1, rank=0, window=16, scale=0.25,
+    )  # fmt: skip
+    shape = shape._replace(**changed)
+    if "num_heads" not in changed:
+        shape = shape._replace(num_heads=2 * shape.num_kv_heads)
+    return shape
+
+
+def reader_of(cache: torch.Tensor) -> KeyReader:
+    """Reads ``[pages * Hk, 1, P, D]`` keys that lie as vLLM's ``vec`` kernel packs them."""
+    return KeyReader(cache, "vec")
+
+
+def layer_of(cache: torch.Tensor | None = None, **changed: Any) -> Layer:
+    """A layer by itself, for tests of one stage."""
+    return Layer(layer_shape(**changed), {}, None if cache is None else reader_of(cache))
+
+
 @dataclass
 class World:
     """A pipeline, one layer's index, and a cache whose pages are dealt out at random."""
@@ -71,6 +95,7 @@ class World:
     """Seed of the order in which pages are dealt."""
     pages_of: dict[int, list[int]] = field(default_factory=dict)
     """Physical pages of each request."""
+    _forked: dict[int, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         config = KvplugConfig.parse(
@@ -78,13 +103,23 @@ class World:
         )
         self.pipeline = Pipeline(config, self.page, self.num_kv_heads)
         self.config = config
-        shape = IndexShape(self.num_pages, self.num_kv_heads, self.page, HEAD_DIM, 1, 0, 0)
-        self.index: PageIndex | None = self.pipeline.make_index(shape)
+        shape = layer_shape(
+            num_pages=self.num_pages, num_kv_heads=self.num_kv_heads, page=self.page,
+            num_heads=self.num_kv_heads * self.group, window=config.window,
+        )  # fmt: skip
+        self.cache = torch.zeros(self.num_pages * self.num_kv_heads, 1, self.page, HEAD_DIM)
+        self.layer: LayerStages | None = self.pipeline.make_layer(shape, reader_of(self.cache))
         dealer = torch.Generator().manual_seed(self.shuffle)
         self._free = (torch.randperm(self.num_pages - 1, generator=dealer) + 1).tolist()
-        if self.index is not None:
-            poison = torch.full((self.page, self.num_kv_heads, HEAD_DIM), 1e4)
-            self.index.write(poison, torch.arange(self.page))
+        poison = torch.full((self.page, self.num_kv_heads, HEAD_DIM), 1e4)
+        self._store(poison, torch.arange(self.page))
+
+    def _store(self, keys: torch.Tensor, slots: torch.Tensor) -> None:
+        """Puts keys ``[T, Hk, D]`` into the cache, as vLLM's kernel packs them, and tells."""
+        packed = self.cache.view(self.num_pages, self.num_kv_heads, HEAD_DIM, self.page)
+        packed[slots // self.page, :, :, slots % self.page] = keys
+        if self.layer is not None:
+            self.layer.write(keys, slots)
 
     def slots(self, request: int, start: int, stop: int) -> torch.Tensor:
         """``[stop - start]`` slots of a request's tokens; deals out pages as needed."""
@@ -95,11 +130,37 @@ class World:
         return torch.tensor(mine)[positions // self.page] * self.page + positions % self.page
 
     def write(self, request: int, start: int, stop: int) -> None:
-        """Writes a request's keys to the index, as a step that computes them does."""
+        """Writes a request's keys, as a step that computes them does."""
         slots = self.slots(request, start, stop)
-        if self.index is not None:
-            keys = content(request, self.num_kv_heads, 1)[start:stop].contiguous()
-            self.index.write(keys, slots)
+        self._store(self.keys(request)[start:stop].contiguous(), slots)
+
+    def keys(self, request: int) -> torch.Tensor:
+        """``[MAX_CONTEXT, Hk, D]`` keys of a request."""
+        return self._content(request, self.num_kv_heads, 1)
+
+    @contextmanager
+    def keys_differ_from(self, request: int, position: int) -> Iterator[None]:
+        """While it lasts, the request's content from ``position`` on is another's."""
+        self._forked[request] = position
+        yield
+        del self._forked[request]
+
+    def _content(self, request: int, heads: int, salt: int) -> torch.Tensor:
+        mine = content(request, heads, salt)
+        fork = self._forked.get(request, MAX_CONTEXT)
+        return torch.cat([mine[:fork], content(request + 50, heads, salt)[fork:]])
+
+    def prefill(self, request: int, stop: int, limit: int | None = None) -> None:
+        """Brings a request's first tokens into the cache, as earlier steps did."""
+        limit = limit or self.chunk_limit or max(stop, 1)
+        for start in range(0, stop, limit):
+            self.run([Piece(request, start, min(limit, stop - start), True)], cached=False)
+
+    @property
+    def chunk_limit(self) -> int | None:
+        """Most prompt tokens of a step, where the recipe has a limit."""
+        segment = self.pipeline.stages.segment
+        return segment.chunk_limit(self.config.local, self.config.window) if segment else None
 
     def table(self, pieces: Sequence[Piece]) -> torch.Tensor:
         """``[B, max_pages]`` block table, padded with the poisoned page."""
@@ -116,7 +177,12 @@ class World:
                 one after the other has it already.
         """
         for piece in pieces:
-            self.write(piece.request, 0 if cached else piece.start, piece.stop)
+            if cached and self.pipeline.watched:
+                self.prefill(piece.request, piece.start)
+            self.write(
+                piece.request, 0 if cached and not self.pipeline.watched else piece.start,
+                piece.stop,
+            )  # fmt: skip
         return self.pipeline.plan(
             np.cumsum([0, *(piece.tokens for piece in pieces)], dtype=np.int32),
             np.array([piece.stop for piece in pieces], np.int32),
@@ -127,7 +193,7 @@ class World:
     def queries(self, pieces: Sequence[Piece]) -> torch.Tensor:
         """``[T, H, D]`` queries of the step."""
         heads = self.num_kv_heads * self.group
-        parts = [content(p.request, heads, 2)[p.start : p.stop] for p in pieces]
+        parts = [self._content(p.request, heads, 2)[p.start : p.stop] for p in pieces]
         return torch.cat(parts)
 
     def run(
@@ -135,18 +201,25 @@ class World:
     ) -> dict[tuple[int, int], Attended | None]:
         """Runs one step; what each (request, position) attends to."""
         plan = self.plan(pieces, cached=cached)
-        if plan is None:
+        if plan is not None:
+            self.attend(pieces, plan)
+        if plan is None or plan.table is None:
             return {
                 (piece.request, position): None
                 for piece in pieces
                 for position in range(piece.start, piece.stop)
             }
-        self.pipeline.select(self.index, self.queries(pieces), plan)
         return dict(self.read(pieces, plan))
+
+    def attend(self, pieces: Sequence[Piece], plan: Plan, sign: float = 1.0) -> None:
+        """Runs the layer over the step, with its queries times ``sign``."""
+        keys = [self.keys(p.request)[p.start : p.stop] for p in pieces]
+        self.pipeline.run(self.layer, sign * self.queries(pieces), torch.cat(keys), plan)
 
     def rows(self, plan: Plan, window: int) -> list[list[int]]:
         """Per KV head, the filled physical entries of a window's page-table row."""
         found = []
+        assert plan.table is not None
         for head in range(self.num_kv_heads):
             row = window * self.num_kv_heads + head
             filled = -(-int(plan.table.seq_lens[row]) // self.page)

@@ -21,14 +21,16 @@ LONGEST = 260
 def geometries(draw: st.DrawFn) -> PageGeometry:
     """Any that a config and a page size can make, small."""
     page = draw(st.sampled_from([1, 3, 4, 8]))
-    return PageGeometry(
+    geometry = PageGeometry(
         page=page,
         window=page * draw(st.integers(1, 5)),
         sink_pages=draw(st.integers(0, 4)),
         local=draw(st.integers(1, 4 * page + 1)),
         budget_pages=draw(st.integers(0, 6)),
         dense_below=draw(st.sampled_from([0, 1, 17, 64, 150, 1000])),
+        most_pages=0,
     )
+    return geometry._replace(most_pages=geometry.budget_pages)
 
 
 @st.composite
@@ -91,4 +93,11 @@ def step_of(far: Sequence[Far], block_table: torch.Tensor | None = None) -> Step
     if block_table is None:
         rows = int(windows.request.max()) + 1
         block_table = torch.arange(int(windows.far_end.max()), dtype=torch.int32).repeat(rows, 1)
-    return Step(windows, block_table)
+    most = int(windows.num_selected.max())
+    return Step(windows, block_table, most, windows, np.ones(len(block_table), np.bool_))
+
+
+def counts_of(step: Step, heads: int) -> torch.Tensor:
+    """``[W, Hk]`` pages to select, where the budget is fixed."""
+    counts = torch.from_numpy(step.windows.num_selected[step.sparse_windows])
+    return counts[:, None].repeat(1, heads)

@@ -10,7 +10,7 @@ import pytest
 from kvplug.config import KvplugConfig
 from kvplug.errors import KvplugError
 from kvplug.pages import PageGeometry
-from kvplug.policies import make_policy
+from kvplug.policies import make_stages
 
 # The table of the public interface.
 DEFAULTS = {
@@ -154,7 +154,7 @@ def test_a_dense_layer_that_is_not_there(layer: int) -> None:
 )
 def test_sinks_are_rounded_up_and_budgets_down(sink: int, page: int, pages: int) -> None:
     config = KvplugConfig.parse({"sink": sink})
-    geometry = PageGeometry.of(config, page, 2 * page + page - 1)
+    geometry = PageGeometry.of(config, page, 2)
     assert (geometry.sink_pages, geometry.budget_pages) == (pages, 2)
 
 
@@ -174,5 +174,5 @@ def test_sinks_are_rounded_up_and_budgets_down(sink: int, page: int, pages: int)
 )
 def test_bad_policies(name: str, options: dict[str, Any], words: str) -> None:
     with pytest.raises(KvplugError, match=words) as caught:
-        make_policy(name, options)
+        make_stages(name, options)
     assert str(caught.value).endswith(".")

@@ -23,9 +23,9 @@ LINKED = ("kernels", "patches", "serve")
 # kvplug: a module or a folder. A new part gets a line here.
 RANKS: tuple[tuple[str, ...], ...] = (
     ("kernels", "errors", "__init__"),
-    ("compiled", "config", "numeric", "pages", "registry", "selection"),
+    ("compiled", "config", "fields", "numeric", "pages", "registry", "selection"),
     ("page_table", "step", "windows", "workspace"),
-    ("segment", "index", "probe", "budget", "select"),
+    ("stage", "segment", "index", "probe", "budget", "select"),
     ("policies",),
     ("attended", "machine", "pipeline"),
     ("offload", "observe"),

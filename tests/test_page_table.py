@@ -18,7 +18,7 @@ from kvplug.step import Step
 from kvplug.windows import Windows
 from kvplug.workspace import Workspace
 from tests.made_up import Piece
-from tests.steps import cut, steps
+from tests.steps import counts_of, cut, steps
 
 Made = tuple[PageGeometry, list[Piece], int, Step, PageTable, torch.Tensor]
 
@@ -34,7 +34,7 @@ def tables(draw: st.DrawFn) -> Made:
     block_table = np.zeros((len(batch), max(widths) + 1), np.int32)
     for row, width in enumerate(widths):
         block_table[row, :width], physical = physical[:width], physical[width:]
-    step = Step(cut(geometry, batch), torch.from_numpy(block_table))
+    step = Step(cut(geometry, batch), torch.from_numpy(block_table), geometry.most_pages)
     windows, rows = step.windows, step.sparse_windows
     workspace = Workspace()
     workspace.take("table.pages", (4096, 60), torch.int32).fill_(-77)
@@ -45,7 +45,7 @@ def tables(draw: st.DrawFn) -> Made:
         for head in range(heads):
             chosen = random.choice(far, windows.num_selected[s], replace=False)
             selected[w, head] = torch.from_numpy(np.sort(chosen))
-    table.write_selected(selected)
+    table.write_selected(selected, counts_of(step, heads), False)
     return geometry, batch, heads, step, table, selected
 
 
@@ -108,7 +108,7 @@ def test_query_order(made: Made) -> None:
 
 @pytest.mark.parametrize("heads", [1, 2, 8])
 def test_decoding_needs_no_reordering(heads: int) -> None:
-    geometry = PageGeometry(4, 8, 1, 4, 2, 0)
+    geometry = PageGeometry(4, 8, 1, 4, 2, 0, 2)
     batch = [Piece(row, 50 + row, 1, False) for row in range(3)]
     step = Step(cut(geometry, batch), torch.zeros((3, 20), dtype=torch.int32))
     assert head_major_order(step, heads) is None

@@ -24,6 +24,7 @@ from kvplug.step import Step
 from kvplug.windows import Windows, cut_windows
 from kvplug.workspace import Workspace
 from tests.made_up import Piece
+from tests.steps import counts_of
 
 BATCH = [
     Piece(0, 256, 192, True),  # whole windows
@@ -124,7 +125,7 @@ def plan_of(shape: Shape, cache: Cache, batch: str, everything: bool) -> tuple[P
     config = KvplugConfig.parse(
         {"window": 64, "budget": shape.page, "sink": shape.page, "local": 50, "dense_below": 140}
     )
-    geometry = PageGeometry.of(config, shape.page, shape.page)
+    geometry = PageGeometry.of(config, shape.page, 1)
     starts = np.cumsum([0, *(piece.tokens for piece in pieces)], dtype=np.int32)
     ends = np.array([piece.stop for piece in pieces], np.int32)
     windows = cut_windows(starts, ends, np.array([p.prefilling for p in pieces]), geometry)
@@ -133,8 +134,8 @@ def plan_of(shape: Shape, cache: Cache, batch: str, everything: bool) -> tuple[P
     if everything:
         wanted = np.where(windows.sparse, windows.far_end - windows.far_begin, 0)
         windows = Windows(**{**windows._asdict(), "num_selected": wanted.astype(np.int32)})
-        geometry = geometry._replace(budget_pages=int(wanted.max()))
-    step = Step(windows, cache.block_table)
+        geometry = geometry._replace(most_pages=int(wanted.max()))
+    step = Step(windows, cache.block_table, geometry.most_pages)
     table = PageTable(step, geometry, HEADS, Workspace())
     selected = torch.zeros((len(step.sparse_windows), HEADS, step.max_selected), dtype=torch.int32)
     chosen: dict[int, list[list[int]]] = {}
@@ -145,7 +146,7 @@ def plan_of(shape: Shape, cache: Cache, batch: str, everything: bool) -> tuple[P
             pages = far[torch.randperm(len(far))[: windows.num_selected[s]]].sort().values
             selected[w, head, : len(pages)] = pages
             chosen[s].append(pages.tolist())
-    table.write_selected(selected)
+    table.write_selected(selected, counts_of(step, HEADS), False)
     return Plan(step, table, head_major_order(step, HEADS)), chosen
 
 

@@ -113,7 +113,9 @@ def test_regions_are_disjoint_and_complete(step: tuple[PageGeometry, list[Piece]
         assert windows.context_end[s] > geometry.dense_below
 
 
-WHOLE = PageGeometry(page=4, window=8, sink_pages=1, local=4, budget_pages=2, dense_below=0)
+WHOLE = PageGeometry(
+    page=4, window=8, sink_pages=1, local=4, budget_pages=2, dense_below=0, most_pages=2
+)
 
 
 @pytest.mark.parametrize("prompt", [1, 7, 8, 9, 63, 64, 65, 200])

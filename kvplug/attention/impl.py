@@ -5,14 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import AttentionType
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
 
 from kvplug.attention.attend.cpu import CpuAttend, SingleHeadCache
 from kvplug.errors import KvplugError
-from kvplug.index.base import IndexShape, PageIndex
-from kvplug.pipeline import Pipeline, as_float
+from kvplug.pipeline import LayerStages, Pipeline, as_float
+from kvplug.stage import LayerShape
 
 if TYPE_CHECKING:
     from kvplug.attention.metadata import KvplugMetadata
@@ -39,7 +38,7 @@ class KvplugImpl(CPUAttentionBackendImpl):
                 raise KvplugError(f"kvplug cannot serve this model: it has {what}.")
         self.pipeline: Pipeline | None = None
         self.attend: CpuAttend | None = None
-        self.index: PageIndex | None = None
+        self.stages: LayerStages | None = None
         self.cache: SingleHeadCache | None = None
         self.is_dense = self.sliding_window != -1
 
@@ -47,30 +46,29 @@ class KvplugImpl(CPUAttentionBackendImpl):
         """Takes the pipeline that the layer's group shares."""
         self.pipeline, self.attend = pipeline, attend
 
-    def bind(
-        self, layer_name: str, kv_cache: torch.Tensor, dense_layers: frozenset[int],
-        first_kv_head: int, seed: int,
-    ) -> None:  # fmt: skip
-        """Takes the layer's cache and allocates its index.
+    @property
+    def retrieves(self) -> bool:
+        """Whether the layer ever attends to less than everything."""
+        return not self.is_dense and not self._pipeline.stages.always_dense
+
+    @property
+    def _pipeline(self) -> Pipeline:
+        assert self.pipeline is not None, "vLLM made no metadata builder for this layer"
+        return self.pipeline
+
+    def bind(self, kv_cache: torch.Tensor, shape: LayerShape) -> None:
+        """Takes the layer's cache and allocates what the layer remembers.
 
         Args:
-            layer_name: vLLM's name, which holds the layer's number.
             kv_cache: ``[pages, Hk, P, 2 * D]``.
-            dense_layers: Layers that never select.
-            first_kv_head: Model-wide number of this worker's first KV head.
-            seed: Of the hash planes.
+            shape: The layer's geometry.
 
         Raises:
             KvplugError: The cache's layout is not one that pages can be viewed in.
         """
-        layer = extract_layer_index(layer_name)
-        self.is_dense = self.is_dense or layer in dense_layers
-        if self.is_dense or self.pipeline is None or self.pipeline.stages.always_dense:
-            return
+        assert self.attend is not None
         self.cache = SingleHeadCache.of(kv_cache)
-        pages, heads, page, width = kv_cache.shape
-        shape = IndexShape(pages, heads, page, width // 2, layer, first_kv_head, seed)
-        self.index = self.pipeline.make_index(shape)
+        self.stages = self._pipeline.make_layer(shape, self.attend.reader(self.cache))
 
     def do_kv_cache_update(
         self,
@@ -82,8 +80,8 @@ class KvplugImpl(CPUAttentionBackendImpl):
     ) -> None:
         """Writes keys and values to the cache, and keys to the index."""
         super().do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)
-        if self.index is not None and self.pipeline is not None:
-            self.index.write(as_float(key, self.pipeline.workspace, "keys"), slot_mapping)
+        if self.stages is not None:
+            self.stages.write(as_float(key, self._pipeline.workspace, "keys"), slot_mapping)
 
     def forward(
         self,
@@ -99,21 +97,25 @@ class KvplugImpl(CPUAttentionBackendImpl):
     ) -> torch.Tensor:
         """Attends; see :meth:`CPUAttentionBackendImpl.forward` for shapes."""
         plan = None if attn_metadata is None or self.is_dense else attn_metadata.plan
-        if plan is None:
+        if plan is not None:
+            assert attn_metadata is not None
+            tokens = attn_metadata.num_actual_tokens
+            self._pipeline.run(self.stages, query[:tokens], key[:tokens], plan)
+        if plan is None or plan.table is None:
             return super().forward(
                 layer, query, key, value, kv_cache, attn_metadata, output, output_scale,
                 output_block_scale,
             )  # fmt: skip
-        if self.pipeline is None or self.attend is None or self.cache is None:
+        if self.attend is None or self.cache is None:
             raise KvplugError("kvplug's attention layer was used before its cache was bound.")
         assert attn_metadata is not None
         assert attn_metadata.schedule is not None
-        tokens = attn_metadata.num_actual_tokens
-        query = query[:tokens]
-        self.pipeline.select(self.index, query, plan)
+        schedule = attn_metadata.schedule
+        if self._pipeline.stages.budget.varies:
+            schedule = self.attend.schedule(plan.table)
         self.attend(
-            query, output[:tokens], self.cache, plan, attn_metadata.schedule,
-            self.pipeline.workspace, self.scale, self.logits_soft_cap,
+            query[:tokens], output[:tokens], self.cache, plan, schedule,
+            self._pipeline.workspace, self.scale, self.logits_soft_cap,
             (layer._k_scale_float, layer._v_scale_float),
         )  # fmt: skip
         return output

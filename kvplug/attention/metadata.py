@@ -28,7 +28,7 @@ class KvplugMetadata(CPUAttentionMetadata):
     """One step's metadata for one group of layers."""
 
     plan: Plan | None = None
-    """None: every window is dense and the step takes the stock path."""
+    """None: every window is dense, nobody watches, and the step takes the stock path."""
     schedule: torch.Tensor | None = None
     """The kernel's work split over the plan's page table."""
 
@@ -81,7 +81,7 @@ class KvplugMetadataBuilder(CPUAttentionMetadataBuilder):
             common.is_prefilling.numpy(),
             common.block_table_tensor,
         )
-        if plan is not None:
-            metadata.plan = plan
+        metadata.plan = plan
+        if plan is not None and plan.table is not None:
             metadata.schedule = self.attend.schedule(plan.table)
         return metadata

@@ -1,1 +1,9 @@
 """Budget stage: how many far pages a window may select."""
+
+from __future__ import annotations
+
+from kvplug.budget.base import Budget
+from kvplug.budget.fixed import FixedBudget
+from kvplug.registry import Registry, registry_of
+
+BUDGETS: Registry[type[Budget]] = registry_of("budget", FixedBudget)

@@ -11,6 +11,8 @@ from kvplug.budget.base import Budget
 class FixedBudget(Budget):
     """As many whole pages as fit the user's budget."""
 
+    name = "fixed"
+
     def pages(self, budget: int, page: int) -> int:
         """See :meth:`Budget.pages`."""
         return budget // page
@@ -19,6 +21,8 @@ class FixedBudget(Budget):
 @dataclass(frozen=True)
 class NoBudget(Budget):
     """No far pages: sinks and the local region only, whatever the user's budget."""
+
+    name = "none"
 
     def pages(self, budget: int, page: int) -> int:
         """See :meth:`Budget.pages`."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, NamedTuple
+from abc import abstractmethod
+from typing import TYPE_CHECKING
+
+from kvplug.stage import Layer, Memory, Stage
 
 if TYPE_CHECKING:
     import torch
@@ -12,35 +14,18 @@ if TYPE_CHECKING:
     from kvplug.step import Step
 
 
-class IndexShape(NamedTuple):
-    """Where an index lives and how large it is."""
+class Index(Stage):
+    """Names a summary of keys, and makes one for each layer."""
 
-    num_pages: int
-    """Physical pages of the cache."""
-    num_kv_heads: int
-    """KV heads on this worker, Hk."""
-    page: int
-    """Tokens per page, P."""
-    head_dim: int
-    """D."""
-    layer: int
-    """Number of the layer in the model; hash planes differ by layer."""
-    first_kv_head: int
-    """Model-wide number of this worker's first KV head; hash planes differ by head."""
-    seed: int
-    """The user's seed."""
+    kind = "index"
+
+    @abstractmethod
+    def for_layer(self, layer: Layer) -> PageIndex:
+        """The layer's summary, empty."""
 
 
-class PageIndex(ABC):
-    """Summary of one layer's keys. State belongs to physical pages and slots (design rule 1).
-
-    Args:
-        shape: Geometry, layer and seed.
-    """
-
-    def __init__(self, shape: IndexShape) -> None:
-        """Holds the shape; subclasses allocate."""
-        self.shape = shape
+class PageIndex(Memory):
+    """Summary of one layer's keys. State belongs to physical pages and slots (design rule 1)."""
 
     @abstractmethod
     def write(self, keys: torch.Tensor, slots: torch.Tensor) -> None:
@@ -62,11 +47,6 @@ class PageIndex(ABC):
                 ``far_begin + n``; entries from ``far_end - far_begin`` on are left alone.
         """
 
-    @property
-    @abstractmethod
-    def state(self) -> torch.Tensor:
-        """The tensor that holds the summary, physical page first."""
-
     def bytes_per_token(self) -> float:
         """Bytes of index per token and layer, all KV heads."""
-        return self.state.nbytes / (self.shape.num_pages * self.shape.page)
+        return self.nbytes() / (self.shape.num_pages * self.shape.page)

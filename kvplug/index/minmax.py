@@ -6,6 +6,7 @@ the page's keys. Bounds are kept as bfloat16, rounded outwards, so they stay bou
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,8 +14,9 @@ import torch
 from numba import njit, prange
 
 from kvplug.compiled import compiled
-from kvplug.index.base import IndexShape, PageIndex
+from kvplug.index.base import Index, PageIndex
 from kvplug.numeric import bits_float, float_bits
+from kvplug.stage import Layer
 
 if TYPE_CHECKING:
     from kvplug.probe.base import Probes
@@ -26,21 +28,39 @@ OPERATIONS = 4
 """Vector operations per LANES dimensions of a bound, to estimate work."""
 
 
+@dataclass(frozen=True)
+class MinMax(Index):
+    """Scores are upper bounds of the probes' dot products with a page's keys."""
+
+    name = "minmax"
+    gives = frozenset({"logits"})
+
+    def for_layer(self, layer: Layer) -> MinMaxIndex:
+        """See :meth:`Index.for_layer`."""
+        return MinMaxIndex(layer)
+
+
 class MinMaxIndex(PageIndex):
     """Two bfloat16 vectors per page and KV head: ``[pages, Hk, 2, D]``, minima then maxima."""
 
-    def __init__(self, shape: IndexShape) -> None:
+    def __init__(self, layer: Layer) -> None:
         """Allocates the bounds (untouched pages cost no memory)."""
-        super().__init__(shape)
+        super().__init__(layer)
+        shape = self.shape
         self._bounds = torch.zeros(
             (shape.num_pages, shape.num_kv_heads, 2, shape.head_dim), dtype=torch.int16
         )
         self._bounds_host = self._bounds.numpy().view(np.uint16)
 
     @property
-    def state(self) -> torch.Tensor:
+    def bounds(self) -> torch.Tensor:
         """``[pages, Hk, 2, D]`` bfloat16: minima, then maxima, of the page's keys."""
         return self._bounds.view(torch.bfloat16)
+
+    @property
+    def state(self) -> tuple[torch.Tensor, ...]:
+        """See :attr:`bounds`."""
+        return (self._bounds,)
 
     def write(self, keys: torch.Tensor, slots: torch.Tensor) -> None:
         """See :meth:`PageIndex.write`.

@@ -8,6 +8,7 @@ from the user's seed, the layer and the KV head: hashes of different steps are c
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,8 +16,9 @@ import torch
 from numba import njit, prange
 
 from kvplug.compiled import compiled
-from kvplug.index.base import IndexShape, PageIndex
+from kvplug.index.base import Index, PageIndex
 from kvplug.numeric import popcount
+from kvplug.stage import Layer, LayerShape
 
 if TYPE_CHECKING:
     from kvplug.probe.base import Probes
@@ -31,12 +33,24 @@ TOKENS_PER_TASK = 256
 """Tokens hashed by one thread at a time."""
 
 
+@dataclass(frozen=True)
+class SimHash(Index):
+    """Scores are numbers of equal bits, 0 to 64, of the best probe and token."""
+
+    name = "simhash"
+
+    def for_layer(self, layer: Layer) -> SimHashIndex:
+        """See :meth:`Index.for_layer`."""
+        return SimHashIndex(layer)
+
+
 class SimHashIndex(PageIndex):
     """One 64-bit word per token and KV head: ``[pages, Hk, P]``."""
 
-    def __init__(self, shape: IndexShape) -> None:
+    def __init__(self, layer: Layer) -> None:
         """Draws the planes and allocates the words (untouched pages cost no memory)."""
-        super().__init__(shape)
+        super().__init__(layer)
+        shape = self.shape
         self.planes = draw_planes(shape)
         self._words = torch.zeros(
             (shape.num_pages, shape.num_kv_heads, shape.page), dtype=torch.int64
@@ -45,9 +59,14 @@ class SimHashIndex(PageIndex):
         self._planes_host = self.planes.numpy()
 
     @property
-    def state(self) -> torch.Tensor:
+    def words(self) -> torch.Tensor:
         """``[pages, Hk, P]`` int64: bit ``b`` of a word is the sign of plane ``b``."""
         return self._words
+
+    @property
+    def state(self) -> tuple[torch.Tensor, ...]:
+        """See :attr:`words`."""
+        return (self._words,)
 
     def write(self, keys: torch.Tensor, slots: torch.Tensor) -> None:
         """See :meth:`PageIndex.write`."""
@@ -66,7 +85,7 @@ class SimHashIndex(PageIndex):
         )  # fmt: skip
 
 
-def draw_planes(shape: IndexShape) -> torch.Tensor:
+def draw_planes(shape: LayerShape) -> torch.Tensor:
     """``[Hk, D, 64]`` float32 Gaussian planes, fixed by seed, layer and model-wide KV head."""
     planes = torch.empty(shape.num_kv_heads, shape.head_dim, BITS)
     for head in range(shape.num_kv_heads):

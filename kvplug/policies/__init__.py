@@ -8,10 +8,12 @@ from typing import Any
 
 from kvplug.config import KvplugConfig
 from kvplug.errors import KvplugError
-from kvplug.policies.base import Policy
+from kvplug.fields import build
+from kvplug.policies.base import Policy, Stages
 from kvplug.policies.dense import Dense
 from kvplug.policies.quest import Quest
 from kvplug.policies.simhash import SimHash
+from kvplug.policies.stages import is_replacement, replace_stages
 from kvplug.policies.streaming import Streaming
 from kvplug.registry import Registry
 
@@ -29,15 +31,19 @@ def check(raw: Mapping[str, Any]) -> KvplugConfig:
         KvplugError: The first thing that is wrong with it.
     """
     config = KvplugConfig.parse(raw)
-    make_policy(config.policy, config.options)
+    make_stages(config.policy, config.options)
     return config
 
 
-def make_policy(name: str, options: Mapping[str, Any]) -> Policy:
-    """The recipe called ``name`` with the user's ``options``.
+def make_stages(name: str, options: Mapping[str, Any]) -> Stages:
+    """The stages of the recipe called ``name``.
+
+    Args:
+        name: A recipe of kvplug's or of another package's.
+        options: The recipe's own fields, and stages that replace its own (:mod:`.stages`).
 
     Raises:
-        KvplugError: Unknown name or option, or a value out of range.
+        KvplugError: Unknown name or option, a value out of range, or stages that do not fit.
     """
     for entry in entry_points(group="kvplug.policies"):
         if entry.name == name and name not in POLICIES:
@@ -45,4 +51,8 @@ def make_policy(name: str, options: Mapping[str, Any]) -> Policy:
             if not (isinstance(recipe, type) and issubclass(recipe, Policy)):
                 raise KvplugError(f"Entry point {entry.value!r} is not a kvplug Policy class.")
             POLICIES.register(name)(recipe)
-    return POLICIES.get(name).from_options(name, options)
+    what = f"policy {name!r}"
+    fields = {key: value for key, value in options.items() if not is_replacement(key)}
+    replacements = {key: value for key, value in options.items() if is_replacement(key)}
+    policy = build(POLICIES.get(name), what, fields)
+    return replace_stages(policy.stages(), what, replacements)

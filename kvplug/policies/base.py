@@ -2,29 +2,73 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
-from typing import Any, get_type_hints
+from dataclasses import dataclass
 
 from kvplug.budget.base import Budget
 from kvplug.budget.fixed import FixedBudget
-from kvplug.errors import KvplugError, nearest_name
-from kvplug.index.base import IndexShape, PageIndex
+from kvplug.errors import KvplugError
+from kvplug.index.base import Index
 from kvplug.probe.base import Probe
+from kvplug.segment.base import Segment
 from kvplug.select.base import Select
 from kvplug.select.top_pages import TopPages
+from kvplug.stage import Stage
+
+FEATURES = {
+    "logits": "scores on the scale of attention logits",
+    "events": "a segment stage",
+    "chunks": "an index of chunks",
+}
+"""What stages may need of each other, in words."""
 
 
 @dataclass(frozen=True)
 class Stages:
-    """The stages of one recipe; ``None`` where it has no use for a stage."""
+    """The stages of one recipe; ``None`` where it has no use for a stage.
 
-    make_index: Callable[[IndexShape], PageIndex] | None
+    Raises:
+        KvplugError: Two stages do not go together.
+    """
+
+    index: Index | None
     probe: Probe | None
     budget: Budget = FixedBudget()
     select: Select = TopPages()
+    segment: Segment | None = None
+    merge: str = "exact"
+    """How outputs over pages are merged: ``exact``, by one softmax over everything attended, or
+    ``coarse``, by the softmax of page summaries (HCAM)."""
     always_dense: bool = False
     """Attend to everything, by the platform's own path."""
+
+    def __post_init__(self) -> None:
+        """Checks that every stage finds what it needs."""
+        for stage in self.all():
+            for feature, purpose in stage.needs.items():
+                if not any(feature in other.gives for other in self.all()):
+                    raise KvplugError(
+                        f"{stage.kind} {stage.name!r} needs {FEATURES[feature]} {purpose}, which "
+                        f"none of the recipe's other stages gives."
+                    )
+
+    def all(self) -> list[Stage]:
+        """The stages that there are."""
+        stages = (self.segment, self.index, self.probe, self.budget, self.select)
+        return [stage for stage in stages if stage is not None]
+
+    def hit_margin(self, local: int, window: int) -> int:
+        """Tokens, in whole windows, by which a prefix hit must end before the cached prefix does.
+
+        Where a page is finished only once the local region has passed it, the last pages of a
+        cached prefix may still hold what another request's continuation made of them.
+
+        Args:
+            local: Tokens of the local region.
+            window: Tokens of a window.
+        """
+        if not any(stage.lookahead for stage in self.all()):
+            return 0
+        return -(-local // window) * window
 
 
 @dataclass(frozen=True)
@@ -38,27 +82,3 @@ class Policy:
     def stages(self) -> Stages:
         """The recipe's stages, built from its options."""
         raise NotImplementedError
-
-    @classmethod
-    def from_options(cls, name: str, options: Mapping[str, Any]) -> Policy:
-        """Builds the recipe from the user's ``options``.
-
-        Args:
-            name: The recipe's name, for messages.
-            options: Field values.
-
-        Raises:
-            KvplugError: An unknown option, a wrong type, or a value out of range.
-        """
-        types = get_type_hints(cls)
-        known = [field.name for field in fields(cls)]
-        for key, value in options.items():
-            if key not in known:
-                names = nearest_name(key, known) if known else "it has none"
-                raise KvplugError(f"Unknown option {key!r} of policy {name!r}: {names}.")
-            if type(value) is not types[key]:
-                raise KvplugError(
-                    f"Option {key!r} of policy {name!r} must be {types[key].__name__}, "
-                    f"not {value!r}."
-                )
-        return cls(**options)

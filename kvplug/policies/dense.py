@@ -13,4 +13,4 @@ class Dense(Policy):
 
     def stages(self) -> Stages:
         """See :meth:`Policy.stages`."""
-        return Stages(make_index=None, probe=None, always_dense=True)
+        return Stages(index=None, probe=None, always_dense=True)

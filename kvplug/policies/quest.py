@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kvplug.index.minmax import MinMaxIndex
+from kvplug.index.minmax import MinMax
 from kvplug.policies.base import Policy, Stages
 from kvplug.probe.mean import MeanProbe
 
@@ -19,4 +19,4 @@ class Quest(Policy):
 
     def stages(self) -> Stages:
         """See :meth:`Policy.stages`."""
-        return Stages(make_index=MinMaxIndex, probe=MeanProbe())
+        return Stages(index=MinMax(), probe=MeanProbe())

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kvplug.index.simhash import SimHashIndex
+from kvplug.index.simhash import SimHash as SignHash
 from kvplug.policies.base import Policy, Stages
 from kvplug.probe.last_activated import LastAndActivatedProbe
 
@@ -31,4 +31,4 @@ class SimHash(Policy):
 
     def stages(self) -> Stages:
         """See :meth:`Policy.stages`."""
-        return Stages(make_index=SimHashIndex, probe=self._probe())
+        return Stages(index=SignHash(), probe=self._probe())

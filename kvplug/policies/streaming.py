@@ -17,4 +17,4 @@ class Streaming(Policy):
 
     def stages(self) -> Stages:
         """See :meth:`Policy.stages`."""
-        return Stages(make_index=None, probe=None, budget=NoBudget())
+        return Stages(index=None, probe=None, budget=NoBudget())

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from typing import TYPE_CHECKING, NamedTuple
+
+from kvplug.stage import Layer, Stage
 
 if TYPE_CHECKING:
     import torch
@@ -21,8 +23,14 @@ class Probes(NamedTuple):
     """``[W]`` int32, how many of the R vectors each window has; at least 1."""
 
 
-class Probe(ABC):
+class Probe(Stage):
     """Reduces the queries of a window to a few vectors per KV head."""
+
+    kind = "probe"
+
+    def for_layer(self, layer: Layer) -> Probe:
+        """What builds the layer's probes: itself, unless it keeps state."""
+        return self
 
     @abstractmethod
     def build(
@@ -30,8 +38,9 @@ class Probe(ABC):
     ) -> Probes:
         """Builds the probes of every sparse window in one call.
 
-        The result depends on nothing but the window's own queries (design rule 4), is owned by
-        ``workspace`` and stays valid until the next call.
+        The result depends on nothing but the window's own queries and what its layer remembers of
+        the windows before it (design rule 4), is owned by ``workspace`` and stays valid until the
+        next call.
 
         Args:
             queries: ``[T, H, D]`` float32, after the rotary embedding. Query head ``h`` belongs

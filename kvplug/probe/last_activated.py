@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 class LastAndActivatedProbe(Probe):
     """``R = G * (last + active)`` vectors per KV head: every query head of the chosen tokens."""
 
+    name = "last_activated"
+
     last: int = 4
     """Tokens taken from the window's end."""
     active: int = 4

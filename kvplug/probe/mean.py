@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 class MeanProbe(Probe):
     """The mean query of each query head: ``R = G`` vectors per KV head."""
 
+    name = "mean"
+
     def build(
         self, queries: torch.Tensor, num_kv_heads: int, step: Step, workspace: Workspace
     ) -> Probes:

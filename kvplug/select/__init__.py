@@ -1,1 +1,9 @@
 """Select stage: from page scores to the far pages that a window attends to."""
+
+from __future__ import annotations
+
+from kvplug.registry import Registry, registry_of
+from kvplug.select.base import Select
+from kvplug.select.top_pages import TopPages
+
+SELECTS: Registry[type[Select]] = registry_of("select", TopPages)

@@ -24,23 +24,27 @@ PASSES = len(DIGITS) + 2
 
 @dataclass(frozen=True)
 class TopPages(Select):
-    """The ``num_selected`` best pages of each window and KV head."""
+    """The best pages of each window and KV head."""
 
-    def select(self, scores: torch.Tensor, step: Step, selected: torch.Tensor) -> None:
+    name = "top"
+
+    def select(
+        self, scores: torch.Tensor, step: Step, counts: torch.Tensor, selected: torch.Tensor
+    ) -> None:
         """See :meth:`Select.select`."""
         windows = step.windows
         _top_pages(
             scores.numel() * PASSES, scores.numpy(),
             step.sparse_windows, windows.far_begin, windows.far_end,
-            windows.num_selected, selected.numpy(),
+            counts.numpy(), selected.numpy(),
         )  # fmt: skip
 
 
 @njit(cache=True, inline="always")
 def _order(score):  # type: ignore[no-untyped-def]
-    """An unsigned integer that orders as ``score`` does; NaN comes first."""
+    """An unsigned integer that orders as ``score`` does; NaN and infinities come first."""
     bits = float_bits(score)
-    if score != score:
+    if bits & np.uint32(0x7F800000) == np.uint32(0x7F800000):
         return np.uint32(0)
     if bits == np.uint32(0x80000000):  # -0.0, which equals 0.0
         return bits
@@ -71,7 +75,7 @@ def _threshold(scores, wanted, histogram):  # type: ignore[no-untyped-def]
 
 @compiled()
 def _top_pages(  # type: ignore[no-untyped-def]
-    scores, rows, far_begin, far_end, num_selected, selected
+    scores, rows, far_begin, far_end, counts, selected
 ):
     """Writes ``selected`` as :meth:`Select.select` says."""
     num_kv_heads = scores.shape[1]
@@ -81,7 +85,7 @@ def _top_pages(  # type: ignore[no-untyped-def]
         begin = far_begin[row]
         mine = scores[w, head, : far_end[row] - begin]
         histogram = np.empty(2048, dtype=np.int32)
-        threshold, wanted_equal = _threshold(mine, num_selected[row], histogram)
+        threshold, wanted_equal = _threshold(mine, counts[w, head], histogram)
         skip = -wanted_equal
         for n in range(mine.shape[0]):
             skip += _order(mine[n]) == threshold
@@ -108,8 +112,8 @@ def top_pages_reference(scores: torch.Tensor, wanted: int, far_begin: int) -> to
     Returns:
         ``[Hk, K]`` int32, ascending.
     """
-    ranked = scores.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
-    is_number = ~scores.isnan()
+    is_number = scores.isfinite()
+    ranked = scores.where(is_number, -torch.inf)
     newest_first = torch.arange(scores.shape[1] - 1, -1, -1)
     chosen = []
     for row, valid in zip(ranked, is_number, strict=True):

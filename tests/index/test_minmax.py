@@ -7,9 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvplug.index.base import IndexShape
 from kvplug.index.minmax import MinMaxIndex, minmax_scores_reference
 from kvplug.probe.base import Probes
+from tests.made_up import layer_of
 from tests.steps import Far, step_of
 
 PAGE, DIM, HEADS = 4, 6, 2
@@ -17,7 +17,7 @@ BF16 = torch.finfo(torch.bfloat16)
 
 
 def index_of(pages: int = 12, page: int = PAGE, dim: int = DIM, heads: int = HEADS) -> MinMaxIndex:
-    return MinMaxIndex(IndexShape(pages, heads, page, dim, 0, 0, 0))
+    return MinMaxIndex(layer_of(num_pages=pages, num_kv_heads=heads, page=page, head_dim=dim))
 
 
 def scores_of(index: MinMaxIndex, probes: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
@@ -93,7 +93,7 @@ def test_bounds_enclose_the_keys_and_no_more(values: list[float]) -> None:
     index = index_of(1, PAGE, 1, 1)
     keys = torch.tensor(values).view(PAGE, 1, 1)
     index.write(keys, torch.arange(PAGE))
-    low, high = index.state.float().flatten().tolist()
+    low, high = index.bounds.float().flatten().tolist()
     least, most = keys.min().item(), keys.max().item()
     assert low <= least
     assert high >= most
@@ -136,10 +136,10 @@ def test_a_first_slot_starts_its_page_anew() -> None:
     index = index_of()
     index.write(torch.full((PAGE, HEADS, DIM), 100.0), torch.arange(PAGE) + 3 * PAGE)
     index.write(torch.full((1, HEADS, DIM), -1.0), torch.tensor([3 * PAGE]))
-    assert (index.state[3] == -1).all()
+    assert (index.bounds[3] == -1).all()
     index.write(torch.full((1, HEADS, DIM), 2.0), torch.tensor([3 * PAGE + 1]))
-    assert (index.state[3, :, 0] == -1).all()
-    assert (index.state[3, :, 1] == 2).all()
+    assert (index.bounds[3, :, 0] == -1).all()
+    assert (index.bounds[3, :, 1] == 2).all()
 
 
 def test_bytes_per_token() -> None:

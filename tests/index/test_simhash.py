@@ -5,16 +5,21 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kvplug.index.base import IndexShape
 from kvplug.index.simhash import BITS, SimHashIndex, draw_planes, simhash_scores_reference
 from kvplug.probe.base import Probes
+from kvplug.stage import Layer, LayerShape
+from tests.made_up import layer_shape
 from tests.steps import Far, step_of
 
 NAN = float("nan")
 
 
-def shape_of(**changed: int) -> IndexShape:
-    return IndexShape(40, 3, 5, 24, layer=2, first_kv_head=0, seed=7)._replace(**changed)
+def shape_of(**changed: int) -> LayerShape:
+    return layer_shape(page=5, head_dim=24, layer=2, seed=7)._replace(**changed)
+
+
+def index_of(shape: LayerShape) -> SimHashIndex:
+    return SimHashIndex(Layer(shape, {}, None))
 
 
 def far_from_ties(keys: torch.Tensor, planes: torch.Tensor) -> torch.Tensor:
@@ -40,7 +45,7 @@ def scores_of(index: SimHashIndex, probes: torch.Tensor, table: torch.Tensor) ->
 @pytest.mark.parametrize(("pages", "page", "dim"), [(1, 1, 1), (7, 5, 24), (40, 3, 64)])
 def test_twin(pages: int, page: int, dim: int, probes: int) -> None:
     shape = shape_of(page=page, head_dim=dim)
-    index = SimHashIndex(shape)
+    index = index_of(shape)
     keys = far_from_ties(torch.randn(pages * page, 3, dim), index.planes)
     vectors = far_from_ties(torch.randn(probes, 3, dim), index.planes).transpose(0, 1)
     table = torch.randperm(40).to(torch.int32)[None, :pages]
@@ -52,21 +57,21 @@ def test_twin(pages: int, page: int, dim: int, probes: int) -> None:
 
 def test_twin_where_projections_are_zero() -> None:
     """Small integers make every sum exact, and many of them 0: not above the plane."""
-    index = SimHashIndex(shape_of())
+    index = index_of(shape_of())
     index.planes.copy_(torch.randint(-1, 2, index.planes.shape))
     keys = torch.randint(-1, 2, (200, 3, 24)).float()
     keys[17] = 0
     vectors = torch.randint(-1, 2, (3, 4, 24)).float()
     index.write(keys, torch.arange(200))
     assert (torch.einsum("thd,hdb->htb", keys, index.planes) == 0).float().mean() > 0.05
-    assert index.state[3, 0, 2] == 0  # of key 17
+    assert index.words[3, 0, 2] == 0  # of key 17
     found = scores_of(index, vectors, torch.arange(40, dtype=torch.int32)[None])
     assert torch.equal(found, simhash_scores_reference(keys, vectors, index.planes, 5))
 
 
 def test_windows_are_scored_apart() -> None:
     """Each has its own request, far range and number of probes; the rest is left alone."""
-    index = SimHashIndex(shape_of())
+    index = index_of(shape_of())
     keys = far_from_ties(torch.randn(200, 3, 24), index.planes)
     index.write(keys, torch.arange(200))
     table = torch.stack([torch.randperm(40), torch.randperm(40)]).to(torch.int32)
@@ -91,7 +96,7 @@ def test_windows_are_scored_apart() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_an_equal_key_is_always_first(dtype: torch.dtype, scale: float, layer: int) -> None:
     """Scaled by powers of 2 even to the bit: hashes know directions only."""
-    index = SimHashIndex(shape_of(layer=layer))
+    index = index_of(shape_of(layer=layer))
     keys = torch.randn(200, 3, 24).to(dtype).float()
     index.write(keys, torch.arange(200))
     for token in (0, 4, 5, 99, 199):
@@ -102,7 +107,7 @@ def test_an_equal_key_is_always_first(dtype: torch.dtype, scale: float, layer: i
 
 
 def test_an_opposite_key_is_last() -> None:
-    index = SimHashIndex(shape_of(page=1))
+    index = index_of(shape_of(page=1))
     keys = torch.randn(40, 3, 24)
     index.write(keys, torch.arange(40))
     scores = scores_of(index, -keys[13][:, None], torch.arange(40, dtype=torch.int32)[None])
@@ -111,7 +116,7 @@ def test_an_opposite_key_is_last() -> None:
 
 def test_more_equal_bits_mean_a_smaller_angle() -> None:
     """The expected share of equal bits is 1 - angle / pi (Charikar 2002)."""
-    index = SimHashIndex(shape_of(num_pages=400, page=10, head_dim=64))
+    index = index_of(shape_of(num_pages=400, page=10, head_dim=64))
     probe = torch.nn.functional.normalize(torch.randn(3, 64), dim=-1)
     noise = torch.randn(4000, 3, 64)
     noise -= (noise * probe).sum(-1, keepdim=True) * probe
@@ -120,7 +125,7 @@ def test_more_equal_bits_mean_a_smaller_angle() -> None:
     index.write(angles.cos()[..., None] * probe + angles.sin()[..., None] * across,
                 torch.arange(4000))  # fmt: skip
     signs = torch.einsum("hd,hdb->hb", probe, index.planes) > 0
-    words = index.state.transpose(1, 2).flatten(0, 1)  # [T, Hk]
+    words = index.words.transpose(1, 2).flatten(0, 1)  # [T, Hk]
     equal = ((words[..., None] >> torch.arange(BITS) & 1).bool() == signs).float().mean(-1)
     # One probe's 64 signs deviate by 0.5 / sqrt(64) at most, and all its keys are compared to them.
     error = equal - (1 - angles / torch.pi)
@@ -166,4 +171,4 @@ def test_planes_repeat() -> None:
 
 
 def test_bytes_per_token() -> None:
-    assert SimHashIndex(shape_of()).bytes_per_token() == 3 * BITS / 8
+    assert index_of(shape_of()).bytes_per_token() == 3 * BITS / 8

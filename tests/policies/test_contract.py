@@ -15,10 +15,10 @@ import pytest
 import torch
 
 from kvplug.config import KvplugConfig
-from kvplug.index.base import PageIndex
-from kvplug.policies import POLICIES, make_policy
+from kvplug.pipeline import LayerStages, Plan, sparse_context
+from kvplug.policies import POLICIES, make_stages
 from tests.cases import POLICY_CASES, PolicyCase, policy_params
-from tests.made_up import HEAD_DIM, Attended, Piece, World
+from tests.made_up import HEAD_DIM, Attended, Piece, World, layer_shape, reader_of
 
 PAGE = 8
 WINDOW = 16
@@ -83,9 +83,9 @@ def test_every_policy_is_listed() -> None:
 
 @pytest.mark.parametrize("case", policy_params())
 def test_the_list_tells_what_a_policy_is(case: PolicyCase) -> None:
-    stages = make_policy(case.name, case.options).stages()
+    stages = make_stages(case.name, case.options)
     assert stages.always_dense == case.always_dense
-    assert (stages.make_index is not None) == case.retrieves
+    assert (stages.index is not None) == case.retrieves
     assert (stages.probe is not None) == case.retrieves
 
 
@@ -124,7 +124,7 @@ def test_dense_rows_in_a_sparse_step_hold_every_page(case: PolicyCase) -> None:
     made = world(case)
     plan = made.plan(MIXED)
     assert plan is not None
-    made.pipeline.select(made.index, made.queries(MIXED), plan)
+    made.attend(MIXED, plan)
     windows = plan.step.windows
     dense = np.flatnonzero(~windows.sparse)
     assert len(dense) >= 3
@@ -159,7 +159,7 @@ def test_queries_decide(case: PolicyCase) -> None:
     once = made.run(MIXED)
     plan = made.plan(MIXED)
     assert plan is not None
-    made.pipeline.select(made.index, -made.queries(MIXED), plan)
+    made.attend(MIXED, plan, sign=-1.0)
     assert dict(made.read(MIXED, plan)) != once
     heads_differ = [len(set(a.pages)) > 1 for a in once.values() if a is not None]
     assert any(heads_differ)
@@ -183,22 +183,36 @@ PROMPT = 611
 @pytest.mark.parametrize("case", policy_params())
 def test_chunks_do_not_matter(case: PolicyCase, limit: int) -> None:
     """I4: in chunks of whole windows a prompt chooses as in one piece, with later keys unseen."""
-    whole = world(case).run([Piece(1, 0, PROMPT, True)])
     made = world(case)
-    chunked: dict[tuple[int, int], Attended | None] = {}
-    for start in range(0, PROMPT, limit):
-        chunk = Piece(1, start, min(limit, PROMPT - start), True)
-        chunked |= made.run([chunk], cached=False)
-    assert chunked == whole
+    most = made.chunk_limit or PROMPT
+    assert prefilled(made, 0, min(limit, most)) == prefilled(world(case), 0, most)
+
+
+def prefilled(made: World, start: int, limit: int) -> dict[tuple[int, int], Attended | None]:
+    """What the tokens of a prompt attend to, from ``start`` on, in chunks of ``limit`` tokens."""
+    chosen: dict[tuple[int, int], Attended | None] = {}
+    for first in range(start, PROMPT, limit):
+        chunk = Piece(1, first, min(limit, PROMPT - first), True)
+        chosen |= made.run([chunk], cached=False)
+    return chosen
 
 
 @pytest.mark.parametrize("case", policy_params())
 def test_a_prefix_hit_is_as_good_as_a_cold_run(case: PolicyCase) -> None:
-    """I6: another request left the keys, at pages that both now share."""
-    cold = world(case).run([Piece(1, 0, PROMPT, True)])
+    """I6: another request with the same prefix went on in another way, at pages now shared."""
     made = world(case)
-    made.run([Piece(1, 0, 512, True)])
-    hit = made.run([Piece(1, 512, PROMPT - 512, True)], cached=False)
+    limit = made.chunk_limit or PROMPT
+    cold = prefilled(world(case), 0, limit)
+    shared = 512
+    made.prefill(1, shared)
+    others = made.keys_differ_from(1, shared)
+    with others:
+        for first in range(shared, shared + 5 * WINDOW, WINDOW):
+            made.run([Piece(1, first, WINDOW, True)], cached=False)
+        made.run([Piece(1, shared + 5 * WINDOW, 1, False)], cached=False)
+    start = shared - made.pipeline.stages.hit_margin(20, WINDOW)
+    made.pages_of[1] = made.pages_of[1][: start // PAGE]
+    hit = prefilled(made, start, limit)
     assert hit == {key: cold[key] for key in hit}
 
 
@@ -207,7 +221,7 @@ def test_replay_is_as_decoded(case: PolicyCase) -> None:
     """I7: tokens decoded one by one, then replayed in one chunk on new pages."""
     made = world(case)
     decoded: dict[tuple[int, int], Attended | None] = {}
-    made.write(4, 0, 700)
+    made.prefill(4, 700)
     for position in range(700, 711):
         decoded |= made.run([Piece(4, position, 1, False)], cached=False)
     assert world(case, shuffle=3).run([Piece(4, 700, 11, False)]) == decoded
@@ -234,43 +248,47 @@ def test_what_a_page_held_before_does_not_matter(case: PolicyCase) -> None:
     assert made.run(MIXED) == fresh
 
 
-def states(index: PageIndex) -> torch.Tensor:
-    """``[pages, bytes]``, so that NaN equals NaN."""
-    return index.state.contiguous().view(torch.uint8).reshape(index.state.shape[0], -1).clone()
+def layer_of(case: PolicyCase) -> LayerStages:
+    layer = world(case).layer
+    assert layer is not None
+    return layer
+
+
+def states(layer: LayerStages) -> torch.Tensor:
+    """``[pages, bytes]`` of everything a layer remembers, so that NaN equals NaN."""
+    tensors = [tensor for memory in layer.writers for tensor in memory.state]
+    rows = [t.contiguous().view(torch.uint8).reshape(t.shape[0], -1) for t in tensors]
+    return torch.cat(rows, 1).clone()
 
 
 @pytest.mark.parametrize("case", policy_params(retrieving=True))
 @pytest.mark.parametrize("slot", [0, 1, PAGE - 1, 37 * PAGE, 37 * PAGE + 5, 600 * PAGE - 1])
 def test_a_write_changes_its_own_page_only(case: PolicyCase, slot: int) -> None:
-    index = world(case).index
-    assert index is not None
-    index.write(torch.randn(600 * PAGE, 3, HEAD_DIM), torch.arange(600 * PAGE))
-    before = states(index)
-    index.write(torch.full((1, 3, HEAD_DIM), -7.0), torch.tensor([slot]))
-    changed = (states(index) != before).any(1).nonzero().flatten().tolist()
-    assert changed == [slot // PAGE]
+    layer = layer_of(case)
+    layer.write(torch.randn(600 * PAGE, 3, HEAD_DIM), torch.arange(600 * PAGE))
+    before = states(layer)
+    layer.write(torch.full((1, 3, HEAD_DIM), -7.0), torch.tensor([slot]))
+    changed = (states(layer) != before).any(1).nonzero().flatten().tolist()
+    assert changed == ([slot // PAGE] if case.indexes_on_write else [])
 
 
 @pytest.mark.parametrize("case", policy_params(retrieving=True))
 def test_padding_is_not_written(case: PolicyCase) -> None:
-    index = world(case).index
-    assert index is not None
-    before = states(index)
+    layer = layer_of(case)
+    before = states(layer)
     for count in (1, 4):
-        index.write(torch.randn(count, 3, HEAD_DIM), torch.full((count,), -1))
-        assert torch.equal(states(index), before)
-    index.write(torch.randn(3, 3, HEAD_DIM), torch.tensor([-1, 8 * PAGE, -1]))
-    assert (states(index) != before).any(1).nonzero().flatten().tolist() == [8]
+        layer.write(torch.randn(count, 3, HEAD_DIM), torch.full((count,), -1))
+        assert torch.equal(states(layer), before)
+    layer.write(torch.randn(3, 3, HEAD_DIM), torch.tensor([-1, 8 * PAGE, -1]))
+    changed = (states(layer) != before).any(1).nonzero().flatten().tolist()
+    assert changed == ([8] if case.indexes_on_write else [])
 
 
 @pytest.mark.parametrize("case", policy_params(retrieving=True))
 def test_one_by_one_as_in_bulk(case: PolicyCase) -> None:
     """A page's state follows from its keys, not from the steps that brought them."""
     keys, slots = torch.randn(5 * PAGE + 3, 3, HEAD_DIM), torch.arange(5 * PAGE + 3) + 2 * PAGE
-    bulk, single, chunks = (world(case).index for _ in range(3))
-    assert bulk is not None
-    assert single is not None
-    assert chunks is not None
+    bulk, single, chunks = (layer_of(case) for _ in range(3))
     bulk.write(keys, slots)
     for token in range(len(keys)):
         single.write(keys[token : token + 1], slots[token : token + 1])
@@ -280,7 +298,7 @@ def test_one_by_one_as_in_bulk(case: PolicyCase) -> None:
     assert torch.equal(states(bulk), states(chunks))
 
 
-@pytest.mark.parametrize("case", policy_params(retrieving=True))
+@pytest.mark.parametrize("case", policy_params(retrieving=True, finds_a_key=True))
 @pytest.mark.parametrize("needle", [SINKS * PAGE, 77, 300, 479])
 def test_a_decoding_token_finds_its_own_key(case: PolicyCase, needle: int) -> None:
     """A far key that points where the query does, eight times as long, is always retrieved."""
@@ -288,10 +306,10 @@ def test_a_decoding_token_finds_its_own_key(case: PolicyCase, needle: int) -> No
     assert needle // PAGE in far_of(500)
     plan = made.plan([piece])
     assert plan is not None
-    assert made.index is not None
+    assert made.layer is not None
     queries = made.queries([piece])
-    made.index.write(8 * queries[:, ::2].contiguous(), made.slots(1, needle, needle + 1))
-    made.pipeline.select(made.index, queries, plan)
+    made.layer.write(8 * queries[:, ::2].contiguous(), made.slots(1, needle, needle + 1))
+    made.attend([piece], plan)
     attended = dict(made.read([piece], plan))[1, 500]
     assert isinstance(attended, Attended)
     assert all(needle // PAGE in row for row in attended.pages)
@@ -309,9 +327,14 @@ def test_a_budget_for_everything_is_dense(case: PolicyCase, far_pages: int) -> N
     made = world(case, budget=max(budget, PAGE), dense_below=0)
     assert len(far_of(first)) == far_pages
     fits = far_pages * PAGE <= budget or case.always_dense
-    assert (made.plan([Piece(1, first, 1, False)]) is None) == fits
+    assert is_dense(made.plan([Piece(1, first, 1, False)])) == fits
     more = made.plan([Piece(1, first + (2 if far_pages == 0 else 1) * PAGE, 1, False)])
-    assert (more is None) == case.always_dense
+    assert is_dense(more) == case.always_dense
+
+
+def is_dense(plan: Plan | None) -> bool:
+    """Whether a step takes the stock path."""
+    return plan is None or plan.table is None
 
 
 @pytest.mark.parametrize("case", policy_params())
@@ -319,16 +342,18 @@ def test_a_budget_for_everything_is_dense(case: PolicyCase, far_pages: int) -> N
 def test_short_contexts_are_dense(case: PolicyCase, tokens: int) -> None:
     """Rule 3: up to `dense_below` tokens of context, and not one more."""
     made = world(case, dense_below=512)
-    assert made.plan([Piece(1, 512 - tokens, tokens, tokens > 1)]) is None
+    assert is_dense(made.plan([Piece(1, 512 - tokens, tokens, tokens > 1)]))
     longer = made.plan([Piece(1, 512, tokens, tokens > 1)])
-    assert (longer is None) == case.always_dense
+    assert is_dense(longer) == case.always_dense
 
 
 @pytest.mark.parametrize("case", policy_params())
 def test_warm_up_compiles_a_sparse_step(case: PolicyCase) -> None:
     """It must reach the same code as a step, or the first request waits for the compiler."""
     made = world(case)
-    made.pipeline.warm_up(HEAD_DIM)
+    pages = sparse_context(made.pipeline.geometry) // PAGE + 1
+    cache = torch.zeros(pages * 3, 1, PAGE, HEAD_DIM)
+    made.pipeline.warm_up(layer_shape(num_pages=pages, page=PAGE), reader_of(cache))
     assert ("table.pages" in made.pipeline.workspace._buffers) == (not case.always_dense)
     assert ("selected" in made.pipeline.workspace._buffers) == case.retrieves
 
@@ -346,4 +371,4 @@ def test_buffers_stop_growing(case: PolicyCase) -> None:
 
 def test_the_budget_is_rounded_down_to_pages() -> None:
     config = KvplugConfig.parse(OPTIONS)
-    assert make_policy("quest", {}).stages().budget.pages(config.budget, PAGE) == BUDGET
+    assert make_stages("quest", {}).budget.pages(config.budget, PAGE) == BUDGET

@@ -1,4 +1,4 @@
-"""Top pages: the best, ascending; of equals the newest; NaN after every number."""
+"""Top pages: the best, ascending; of equals the newest; NaN and infinities after every number."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvplug.select.top_pages import TopPages, top_pages_reference
-from tests.steps import Far, step_of
+from tests.steps import Far, counts_of, step_of
 
 NAN, INF = math.nan, math.inf
 
@@ -19,7 +19,8 @@ def chosen(scores: list[float], wanted: int, begin: int = 0) -> list[int]:
     """The selection from one row of scores."""
     step = step_of([Far(0, begin, begin + len(scores), wanted)])
     selected = torch.full((1, 1, wanted), -9, dtype=torch.int32)
-    TopPages().select(torch.tensor([[scores]], dtype=torch.float32), step, selected)
+    row = torch.tensor([[scores]], dtype=torch.float32)
+    TopPages().select(row, step, counts_of(step, 1), selected)
     return selected[0, 0].tolist()
 
 
@@ -32,11 +33,11 @@ def chosen(scores: list[float], wanted: int, begin: int = 0) -> list[int]:
         pytest.param([5.0] * 6, 2, [4, 5], id="all equal: the newest"),
         pytest.param([2.0, 7.0, 2.0, 2.0, 1.0], 3, [1, 2, 3], id="ties at the edge: the newest"),
         pytest.param([NAN, 1.0, NAN], 1, [1], id="NaN after a number"),
-        pytest.param([NAN, -INF, NAN], 1, [1], id="NaN after minus infinity"),
-        pytest.param([NAN, -INF, NAN], 2, [1, 2], id="then the newest NaN"),
+        pytest.param([NAN, -INF, NAN], 1, [2], id="NaN and infinity alike: the newest"),
+        pytest.param([NAN, -3e38, NAN], 2, [1, 2], id="after the least number, the newest NaN"),
         pytest.param([NAN, NAN, NAN], 2, [1, 2], id="NaN only: the newest"),
         pytest.param([-NAN, 1.0, math.copysign(NAN, -1)], 1, [1], id="negative NaN"),
-        pytest.param([INF, 1.0, INF, -INF], 2, [0, 2], id="infinities"),
+        pytest.param([INF, 1.0, INF, -INF], 2, [1, 3], id="infinities after a number"),
         pytest.param([-INF] * 4, 3, [1, 2, 3], id="minus infinity only"),
         pytest.param([-2.0, -1.0, -3.0], 1, [1], id="negative"),
         pytest.param([1e-45, 0.0, -1e-45], 1, [0], id="denormal above zero"),
@@ -86,7 +87,8 @@ def test_windows_apart() -> None:
     for w, count in enumerate((7, 12, 1)):
         scores[w, :, count:] = INF  # no page is there
     selected = torch.full((3, 2, 6), -9, dtype=torch.int32)
-    TopPages().select(scores, step_of(far), selected)
+    step = step_of(far)
+    TopPages().select(scores, step, counts_of(step, 2), selected)
     for w, window in enumerate((far[0], far[2], far[3])):
         mine = scores[w, :, : window.end - window.begin]
         expected = top_pages_reference(mine, window.selected, window.begin)
@@ -97,5 +99,6 @@ def test_windows_apart() -> None:
 def test_nothing_wanted_writes_nothing() -> None:
     step = step_of([Far(0, 0, 3, 0), Far(0, 0, 3, 2)])
     selected = torch.full((2, 1, 2), -9, dtype=torch.int32)
-    TopPages().select(torch.tensor([[[1.0, 2.0, 3.0]]] * 2), step, selected)
+    scores = torch.tensor([[[1.0, 2.0, 3.0]]] * 2)
+    TopPages().select(scores, step, counts_of(step, 1), selected)
     assert selected[:, 0].tolist() == [[-9, -9], [1, 2]]

@@ -8,7 +8,7 @@ import torch
 from vllm import _custom_ops as ops
 from vllm import envs
 
-from kvplug.pages import single_head_view
+from kvplug.pages import KeyReader, single_head_view
 
 if TYPE_CHECKING:
     from kvplug.page_table import PageTable
@@ -65,6 +65,10 @@ class CpuAttend:
         self.dtype = dtype
         self.isa = isa
         self.kv_cache_dtype = kv_cache_dtype
+
+    def reader(self, cache: SingleHeadCache) -> KeyReader | None:
+        """What reads keys back from ``cache``; None where its packing is not known."""
+        return KeyReader(cache.keys, self.isa) if KeyReader.reads(cache.keys, self.isa) else None
 
     def schedule(self, table: PageTable) -> torch.Tensor:
         """The kernel's work split for ``table``; it holds for every layer of the step."""
