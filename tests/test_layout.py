@@ -23,8 +23,8 @@ LINKED = ("kernels", "patches", "serve")
 # kvplug: a module or a folder. A new part gets a line here.
 RANKS: tuple[tuple[str, ...], ...] = (
     ("kernels", "errors", "__init__"),
-    ("compiled", "config", "fields", "numeric", "pages", "registry", "selection"),
-    ("page_table", "step", "windows", "workspace"),
+    ("compiled", "config", "fields", "numeric", "pages", "registry", "selection", "workspace"),
+    ("page_table", "step", "windows"),
     ("stage", "segment", "index", "probe", "budget", "select"),
     ("policies",),
     ("attended", "machine", "pipeline"),
