@@ -11,14 +11,19 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+from kvplug.patches.finished_hits import MARGIN
 from kvplug.patches.record import Patch
 from kvplug.selection import is_selected, options_of
 
 WINDOW = "kvplug_window"
 """Attribute of a scheduler that serves kvplug: its window, in tokens."""
+LIMIT = "kvplug_chunk_limit"
+"""Attribute of such a scheduler: most prompt tokens in a chunk, or None."""
 
 
-def aligned_chunk(start: int, num_new_tokens: int, prompt_tokens: int, window: int) -> int:
+def aligned_chunk(
+    start: int, num_new_tokens: int, prompt_tokens: int, window: int, limit: int | None = None
+) -> int:
     """How many tokens of a wanted chunk to schedule now.
 
     Args:
@@ -27,13 +32,14 @@ def aligned_chunk(start: int, num_new_tokens: int, prompt_tokens: int, window: i
         prompt_tokens: Length of the prompt. Tokens after it were decoded one by one; after a
             preemption they are replayed as such, in a chunk that holds none of the prompt.
         window: Tokens per window.
+        limit: Most tokens of a prompt that the recipe can take at once, in whole windows.
 
     Returns:
         At most ``num_new_tokens``; 0 asks the scheduler to wait for a step with more room.
     """
     if start >= prompt_tokens:
         return num_new_tokens
-    end = start + num_new_tokens
+    end = start + min(num_new_tokens, limit or num_new_tokens)
     if end >= prompt_tokens:
         return prompt_tokens - start
     return max(end // window * window - start, 0)
@@ -42,9 +48,19 @@ def aligned_chunk(start: int, num_new_tokens: int, prompt_tokens: int, window: i
 def _wrap_init(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def __init__(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+        from kvplug.policies import make_stages
+
         original(self, vllm_config, *args, **kwargs)
         if is_selected(vllm_config):
-            setattr(self, WINDOW, options_of(vllm_config).window)
+            config = options_of(vllm_config)
+            stages = make_stages(config.policy, config.options)
+            limit = None
+            if stages.segment is not None:
+                limit = stages.segment.chunk_limit(config.local, config.window)
+            setattr(self, WINDOW, config.window)
+            setattr(self, LIMIT, limit)
+            margin = stages.hit_margin(config.local, config.window)
+            setattr(self.kv_cache_manager, MARGIN, margin)
             self.need_mamba_block_aligned_split = True
 
     return __init__
@@ -64,7 +80,8 @@ def _wrap_split(original: Callable[..., Any]) -> Callable[..., Any]:
         if window is None:
             return int(original(self, request, num_new_tokens, *computed))
         start = request.num_computed_tokens + sum(computed)
-        return aligned_chunk(start, num_new_tokens, request.num_prompt_tokens, window)
+        limit = getattr(self, LIMIT)
+        return aligned_chunk(start, num_new_tokens, request.num_prompt_tokens, window, limit)
 
     return _mamba_block_aligned_split
 

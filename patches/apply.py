@@ -25,10 +25,13 @@ def all_patches() -> list[Patch]:
         bound_cache,
         checked_config,
         cpu_backend,
+        finished_hits,
         kernel_rebinding,
     )
 
-    files = (checked_config, cpu_backend, kernel_rebinding, aligned_chunks, bound_cache)
+    files = (
+        checked_config, cpu_backend, kernel_rebinding, aligned_chunks, finished_hits, bound_cache,
+    )  # fmt: skip
     return [patch for file in files for patch in file.PATCHES]
 
 

@@ -71,6 +71,19 @@ def test_by_hand(start: int, wanted: int, expected: int) -> None:
     assert aligned_chunk(start, wanted, 1000, 256) == expected
 
 
+@given(st.integers(1, 8), st.integers(0, 20), st.integers(1, 9000), st.integers(1, 9000))
+def test_a_recipe_may_limit_chunks(
+    windows: int, windows_done: int, wanted: int, prompt: int
+) -> None:
+    """The limit changes where chunks end, never that they end at windows; replays have none."""
+    start, limit = windows_done * 256, windows * 256
+    tokens = aligned_chunk(start, wanted, prompt, 256, limit)
+    if start >= prompt:
+        assert tokens == wanted
+    else:
+        assert tokens == aligned_chunk(start, min(wanted, limit), prompt, 256) <= limit
+
+
 # ---------------------------------------------------------------- the wrappers
 
 
@@ -79,6 +92,7 @@ class Scheduler:
 
     def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
         self.need_mamba_block_aligned_split = False
+        self.kv_cache_manager = SimpleNamespace()
         self.rest = (args, kwargs)
 
     def _mamba_block_aligned_split(
