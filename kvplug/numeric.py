@@ -1,10 +1,11 @@
-"""Scalar operations that numba lacks, as compiler intrinsics."""
+"""Scalar operations that numba lacks: compiler intrinsics, and bfloat16 as its bits."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from numba import types
+import numpy as np
+from numba import njit, types
 from numba.extending import intrinsic
 
 
@@ -42,3 +43,19 @@ def bits_float(typing_context: Any, bits: Any) -> Any:
         return builder.bitcast(args[0], context.get_value_type(types.float32))
 
     return types.float32(types.uint32), generate
+
+
+@njit(cache=True, inline="always")
+def to_bfloat16(value):  # type: ignore[no-untyped-def]
+    """The bits of the ``bfloat16`` nearest to a ``float32``, ties to even; any NaN gives one."""
+    if value != value:
+        return np.uint16(0x7FC0)
+    bits = float_bits(value)
+    odd = (bits >> np.uint32(16)) & np.uint32(1)
+    return np.uint16((bits + np.uint32(0x7FFF) + odd) >> np.uint32(16))
+
+
+@njit(cache=True, inline="always")
+def from_bfloat16(bits):  # type: ignore[no-untyped-def]
+    """The ``float32`` value of ``bfloat16`` bits."""
+    return bits_float(np.uint32(np.uint32(bits) << np.uint32(16)))
