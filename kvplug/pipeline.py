@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import torch
 
+from kvplug.config import KvplugConfig
 from kvplug.page_table import PageTable, head_major_order
 from kvplug.pages import PageGeometry
 from kvplug.policies import make_stages
@@ -21,7 +22,6 @@ from kvplug.workspace import Workspace
 
 if TYPE_CHECKING:
     from kvplug.budget.base import Budget
-    from kvplug.config import KvplugConfig
     from kvplug.index.base import PageIndex
     from kvplug.pages import KeyReader
     from kvplug.probe.base import Probe
@@ -95,6 +95,22 @@ class Pipeline:
         self.watched = False
         self.unranked_rows = 0
         """Rows (window, KV head) whose scores were not all finite."""
+
+    def set_budget(self, tokens: int) -> None:
+        """Gives windows another budget from the next step on.
+
+        What memories hold was made of windows that attended by the old one: no request may be
+        running, and cached prefixes must be dropped, or answers mix the two.
+
+        Args:
+            tokens: The new ``budget``.
+
+        Raises:
+            KvplugError: It does not fit the page; the old one then stays.
+        """
+        config = KvplugConfig.parse({**self.config.model_dump(), "budget": tokens})
+        self.geometry = region_sizes(config, self.geometry.page)
+        self.config = config
 
     def make_layer(self, shape: LayerShape, reader: KeyReader | None) -> LayerStages | None:
         """A layer's stages, or None where the recipe retrieves nothing."""

@@ -14,7 +14,10 @@ from kvplug.pipeline import LayerStages, Pipeline, as_float
 from kvplug.stage import LayerShape
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from kvplug.attention.metadata import KvplugMetadata
+    from kvplug.pipeline import Plan
 
 
 class KvplugImpl(CPUAttentionBackendImpl):
@@ -41,6 +44,8 @@ class KvplugImpl(CPUAttentionBackendImpl):
         self.stages: LayerStages | None = None
         self.cache: SingleHeadCache | None = None
         self.is_dense = self.sliding_window != -1
+        # For measurements: told the queries [T, H, D] and the plan once its pages are selected.
+        self.observer: Callable[[torch.Tensor, Plan], None] | None = None
 
     def adopt(self, pipeline: Pipeline, attend: CpuAttend) -> None:
         """Takes the pipeline that the layer's group shares."""
@@ -110,6 +115,8 @@ class KvplugImpl(CPUAttentionBackendImpl):
             raise KvplugError("kvplug's attention layer was used before its cache was bound.")
         assert attn_metadata is not None
         assert attn_metadata.schedule is not None
+        if self.observer is not None:
+            self.observer(query[:tokens], plan)
         schedule = attn_metadata.schedule
         if self._pipeline.stages.budget.varies:
             schedule = self.attend.schedule(plan.table)
