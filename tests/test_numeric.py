@@ -10,7 +10,7 @@ from kvplug.numeric import from_bfloat16, to_bfloat16
 
 
 @njit
-def _convert(values, bits, back):  # type: ignore[no-untyped-def]
+def _convert(values, bits, back):
     for i in range(values.shape[0]):
         bits[i] = to_bfloat16(values[i])
         back[i] = from_bfloat16(bits[i])
