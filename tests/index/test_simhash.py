@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kvplug.index.simhash import BITS, SimHashIndex, draw_planes, simhash_scores_reference
+from kvplug.index.planes import BITS, draw_planes
+from kvplug.index.simhash import SimHashIndex, simhash_scores_reference
 from kvplug.probe.base import Probes
 from kvplug.stage import Layer, LayerShape
 from tests.made_up import layer_shape
