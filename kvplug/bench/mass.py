@@ -1,0 +1,116 @@
+"""Captured attention mass: how much of exact attention falls on the keys that a layer attends to.
+
+Attention over everything is computed from the cache in float32, beside what the layer does, and
+each key's weight is filed under its page. The sum over the pages in the layer's row of the page
+table is what the layer captured; the largest sum that as many far pages could have captured is
+what the best choice would have.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from kvplug.workspace import Workspace
+
+if TYPE_CHECKING:
+    from kvplug.page_table import PageTable
+    from kvplug.pages import KeyReader
+    from kvplug.pipeline import Plan
+
+READ_PAGES = 1024
+"""Pages read at once: 16 MiB of float32 keys with 32 tokens of 128 numbers."""
+
+
+class Mass(NamedTuple):
+    """Shares of exact attention, each the mean over a window's query heads."""
+
+    captured: float
+    """On the pages that were attended."""
+    best: float
+    """On sinks, local pages and the best far pages, as many per KV head as were attended."""
+
+
+class MassMeter:
+    """Measures one layer's windows; a layer's ``observer``.
+
+    Args:
+        reader: Reads the layer's keys.
+        scale: Of the layer's logits.
+        softcap: Cap of the layer's logits, 0 for none.
+        since: Windows whose context ends before this token are not measured.
+    """
+
+    def __init__(self, reader: KeyReader, scale: float, softcap: float, since: int) -> None:
+        """Starts without measurements."""
+        self.reader, self.scale, self.softcap, self.since = reader, scale, softcap, since
+        self.measured: list[Mass] = []
+        """One entry per window, of its last query."""
+        self._workspace = Workspace()
+
+    def __call__(self, queries: torch.Tensor, plan: Plan) -> None:
+        """Measures the windows of one step.
+
+        Args:
+            queries: ``[T, H, D]`` of the step.
+            plan: The step's, with the layer's pages selected.
+        """
+        assert plan.table is not None
+        windows = plan.step.windows
+        for s in range(len(windows)):
+            if windows.context_end[s] >= self.since:
+                last = int(windows.token_start[s] + windows.num_tokens[s]) - 1
+                self.measured.append(self._window(queries[last].float(), plan.table, s))
+
+    def _window(self, query: torch.Tensor, table: PageTable, s: int) -> Mass:
+        """Measures one window by its last query, ``[H, D]``."""
+        heads = table.num_kv_heads
+        captured, best = [], []
+        for head, group in enumerate(query.view(heads, -1, query.shape[-1])):
+            captured_share, best_share = self._head(group, table, s, head)
+            captured.append(captured_share)
+            best.append(best_share)
+        return Mass(sum(captured) / heads, sum(best) / heads)
+
+    def _head(
+        self, queries: torch.Tensor, table: PageTable, s: int, head: int
+    ) -> tuple[float, float]:
+        """Captured and best share of one KV head, means over its ``[G, D]`` queries."""
+        windows, heads, page = table.step.windows, table.num_kv_heads, table.page
+        context = int(windows.context_end[s])
+        logical = table.step.block_table[int(windows.request[s])][: -(-context // page)]
+        rows = logical.long() * heads + head
+        shares = self._page_shares(queries, rows, context).mean(0)
+        row = s * heads + head
+        filled = -(-int(table.seq_lens[row]) // page)
+        attended = torch.isin(rows, table.table[row, :filled].long())
+        far = torch.zeros_like(attended)
+        far[int(windows.far_begin[s]) : int(windows.far_end[s])] = True
+        chosen = int((attended & far).sum())
+        best = shares[far].topk(chosen).values.sum() + shares[~far].sum()
+        return float(shares[attended].sum()), float(best)
+
+    def _page_shares(self, queries: torch.Tensor, rows: torch.Tensor, context: int) -> torch.Tensor:
+        """Softmax mass of each page of one KV head.
+
+        Args:
+            queries: ``[G, D]`` float32.
+            rows: ``[N]`` pages of the single-head cache, in the context's order.
+            context: Tokens of context; the last page may hold more.
+
+        Returns:
+            ``[G, N]`` float64; every query's masses sum to one.
+        """
+        parts = []
+        for block in rows.split(READ_PAGES):
+            keys = self.reader.read(block, self._workspace)
+            logits = torch.matmul(queries, keys) * self.scale  # [n, G, P]
+            if self.softcap:
+                logits = self.softcap * torch.tanh(logits / self.softcap)
+            parts.append(logits)
+        logits = torch.cat(parts)
+        count, _, page = logits.shape
+        logits[-1, :, page - (count * page - context) :] = -torch.inf
+        by_page = logits.double().logsumexp(2).T
+        return by_page.softmax(1)
