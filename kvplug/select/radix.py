@@ -13,7 +13,7 @@ from kvplug.numeric import float_bits
 
 DIGITS = ((21, 11), (10, 11), (0, 10))
 """Bit position and width of the three digits of a 32-bit key, most significant first."""
-PASSES = len(DIGITS) + 2
+PASSES = len(DIGITS) + 1
 """Times that a score is looked at."""
 BINS = 2048
 """Of the histogram that callers lend."""
@@ -34,8 +34,8 @@ def order_of(score):  # type: ignore[no-untyped-def]
 
 @njit(cache=True)
 def threshold_of(scores, wanted, histogram):  # type: ignore[no-untyped-def]
-    """The ``wanted``-th largest key, and how many of the keys equal to it are wanted."""
-    prefix, known = np.uint32(0), np.uint32(0)
+    """The ``wanted``-th largest key, how many keys equal it, and how many of these are wanted."""
+    prefix, known, digit = np.uint32(0), np.uint32(0), 0
     for shift, width in DIGITS:
         size = 1 << width
         histogram[:size] = 0
@@ -49,16 +49,14 @@ def threshold_of(scores, wanted, histogram):  # type: ignore[no-untyped-def]
             digit -= 1
         prefix |= np.uint32(digit) << np.uint32(shift)
         known |= np.uint32(size - 1) << np.uint32(shift)
-    return prefix, wanted
+    return prefix, histogram[digit], wanted
 
 
 @njit(cache=True)
 def take_best(scores, wanted, first, histogram, out):  # type: ignore[no-untyped-def]
     """``out[:wanted] = first + the positions of the best scores``, ascending."""
-    threshold, wanted_equal = threshold_of(scores, wanted, histogram)
-    skip = -wanted_equal
-    for n in range(scores.shape[0]):
-        skip += order_of(scores[n]) == threshold
+    threshold, equal, wanted_equal = threshold_of(scores, wanted, histogram)
+    skip = equal - wanted_equal
     filled = 0
     for n in range(scores.shape[0]):
         key = order_of(scores[n])
