@@ -6,6 +6,7 @@ one :class:`LayerStages` holds what works on a layer and what it remembers.
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -15,6 +16,7 @@ from kvplug.config import KvplugConfig
 from kvplug.page_table import PageTable, head_major_order
 from kvplug.pages import PageGeometry
 from kvplug.policies import make_stages
+from kvplug.select.unranked import count_unranked
 from kvplug.stage import Layer, LayerShape, Memory, Passage
 from kvplug.step import Step
 from kvplug.windows import cut_windows
@@ -27,6 +29,9 @@ if TYPE_CHECKING:
     from kvplug.probe.base import Probe
     from kvplug.select.base import Select
     from kvplug.windows import Flags, Ints
+
+
+logger = logging.getLogger("vllm.kvplug")
 
 
 class Plan(NamedTuple):
@@ -190,6 +195,7 @@ class Pipeline:
         num_windows = len(step.sparse_windows)
         scores = workspace.take("scores", (num_windows, heads, step.max_far_pages), torch.float32)
         layer.index.score(probes, step, scores)
+        self._count_unranked(scores, step)
         counts = workspace.take("counts", (num_windows, heads), torch.int32)
         counts.fill_(self.geometry.budget_pages)
         if layer.budget.varies:
@@ -198,6 +204,19 @@ class Pipeline:
         selected = workspace.take("selected", shape, torch.int32)
         layer.select.select(scores, step, counts, selected)
         table.write_selected(selected, counts, layer.budget.varies)
+
+    def _count_unranked(self, scores: torch.Tensor, step: Step) -> None:
+        """Counts rows whose scores say nothing; their newest pages are selected."""
+        windows = step.windows
+        rows = count_unranked(
+            scores.numpy(), step.sparse_windows, windows.far_begin, windows.far_end
+        )
+        if rows and not self.unranked_rows:
+            logger.warning(
+                "kvplug: page scores are not finite, so queries or keys are not; such windows "
+                "attend to sinks, local and the newest far pages. They are counted from now on."
+            )
+        self.unranked_rows += rows
 
     def warm_up(self, shape: LayerShape, reader: KeyReader | None) -> None:
         """Compiles every kernel that a step can call, on a made-up one, before the first request.
