@@ -1,8 +1,9 @@
 """One real vLLM engine in a process of its own: a JSON spec on stdin, a JSON result last on stdout.
 
 A spec holds ``kvplug`` (options, or null for stock vLLM), ``engine`` (vLLM's engine arguments),
-``rounds`` (lists of requests ``{"ids": [...], "max_tokens": n}``; a round is served at once, the
-next begins when it is done), and optionally ``sabotage``, the name of a patch target to undo.
+``rounds`` (lists of requests ``{"ids": [...], "max_tokens": n}``, optionally with a ``salt`` that
+keeps a request from sharing a prefix; a round is served at once, the next begins when it is done),
+and optionally ``sabotage``, the name of a patch target to undo.
 """
 
 from __future__ import annotations
@@ -24,19 +25,21 @@ class Recorder:
 
         original = PageTable.write_selected
 
-        def write_selected(table: Any, selected: Any) -> None:
-            self.note(table.step, selected)
-            original(table, selected)
+        def write_selected(table: Any, selected: Any, counts: Any, varies: bool) -> None:
+            self.note(table.step, selected, counts)
+            original(table, selected, counts, varies)
 
         PageTable.write_selected = write_selected  # type: ignore[assignment, method-assign]
 
-    def note(self, step: Any, selected: Any) -> None:
-        """Files one layer's selections under (first physical page, window, occurrence)."""
+    def note(self, step: Any, selected: Any, counts: Any) -> None:
+        """Files one layer's selections under the window's end and size, in order of occurrence."""
         windows = step.windows
         for w, s in enumerate(step.sparse_windows):
-            count = int(windows.num_selected[s])
             name = f"{windows.context_end[s]}/{windows.num_tokens[s]}"
-            self.selections.setdefault(name, []).append(selected[w, :, :count].flatten().tolist())
+            rows = [
+                selected[w, head, : counts[w, head]].tolist() for head in range(counts.shape[1])
+            ]
+            self.selections.setdefault(name, []).append(rows)
 
 
 def main() -> None:
@@ -69,7 +72,10 @@ def main() -> None:
     rounds = []
     for requests in spec["rounds"]:
         outputs = llm.generate(
-            [{"prompt_token_ids": request["ids"]} for request in requests],
+            [
+                {"prompt_token_ids": request["ids"], "cache_salt": request.get("salt")}
+                for request in requests
+            ],
             [
                 SamplingParams(temperature=0, max_tokens=request["max_tokens"], ignore_eos=True)
                 for request in requests
