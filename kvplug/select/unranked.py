@@ -8,9 +8,9 @@ from numba import njit
 
 @njit(cache=True)
 def count_unranked(scores, rows, far_begin, far_end):  # type: ignore[no-untyped-def]
-    """Rows (window, KV head) with a NaN or plus infinity among their far pages' scores.
+    """Rows (window, KV head) with a NaN or plus infinity among their far pages' scores, or no number.
 
-    Minus infinity is a legal score, of a page that an index has ruled out.
+    Minus infinity is a legal score, of a page that an index has ruled out; not of all of them.
 
     Args:
         scores: ``[W, Hk, N]`` float32.
@@ -23,9 +23,10 @@ def count_unranked(scores, rows, far_begin, far_end):  # type: ignore[no-untyped
         pages = far_end[rows[w]] - far_begin[rows[w]]
         for head in range(scores.shape[1]):
             mine = scores[w, head, :pages]
-            bad = 0
+            bad, numbers = 0, 0
             for n in range(pages):
-                # False for NaN too; a sum, so that the loop runs in vectors.
+                # Comparisons with NaN are false; sums, so that the loop runs in vectors.
                 bad += not (mine[n] < np.float32(np.inf))
-            total += bad > 0
+                numbers += mine[n] > np.float32(-np.inf)
+            total += bad > 0 or numbers == 0
     return total

@@ -19,7 +19,8 @@ NAN, INF = math.nan, math.inf
         ([NAN, 2.0, 3.0], 1),
         ([1.0, INF, NAN], 1),
         ([1.0, -INF, 3.0], 0),
-        ([-INF] * 3, 0),
+        ([-INF] * 3, 1),
+        ([-INF, -INF, 0.0], 0),
         ([1.0, 2.0, 3.0, NAN], 0),  # behind the last far page
         ([-NAN, 3e38, -3e38], 1),
     ],
