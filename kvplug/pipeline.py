@@ -7,7 +7,7 @@ one :class:`LayerStages` holds what works on a layer and what it remembers.
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ import torch
 from kvplug.config import KvplugConfig
 from kvplug.page_table import PageTable, head_major_order
 from kvplug.pages import PageGeometry
+from kvplug.pending import PendingSteps, PendingTokens
 from kvplug.policies import make_stages
 from kvplug.select.unranked import count_unranked
 from kvplug.stage import Layer, LayerShape, Memory, Passage
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from kvplug.index.base import PageIndex
     from kvplug.pages import KeyReader
     from kvplug.probe.base import Probe
+    from kvplug.segment.base import Segmenter
     from kvplug.select.base import Select
     from kvplug.windows import Flags, Ints
 
@@ -57,8 +59,9 @@ class LayerStages:
         stages = pipeline.stages
         assert stages.index is not None
         assert stages.probe is not None
+        self.segmenter: Segmenter | None = None
         if stages.segment is not None:
-            stages.segment.for_layer(layer)
+            self.segmenter = stages.segment.for_layer(layer)
         self.index: PageIndex = stages.index.for_layer(layer)
         self.probe: Probe = stages.probe.for_layer(layer)
         self.budget: Budget = stages.budget.for_layer(layer)
@@ -66,6 +69,7 @@ class LayerStages:
         self.memories: list[Memory] = [*layer.memories.values(), self.index]
         self.watchers = [m for m in self.memories if type(m).watch is not Memory.watch]
         self.writers = [m for m in self.memories if type(m).write is not Memory.write]
+        self.pending = PendingTokens(layer.shape, bool(self.watchers))
 
     def write(self, keys: torch.Tensor, slots: torch.Tensor) -> None:
         """Tells every memory of new keys; see :meth:`Memory.write`."""
@@ -97,6 +101,11 @@ class Pipeline:
         self.num_kv_heads = num_kv_heads
         self.workspace = Workspace()
         self.common: dict[type, Memory] = {}
+        self.layers: list[LayerStages] = []
+        self.pending = PendingSteps(self.geometry)
+        self.waiting: slice | None = None
+        """Places of the step's tokens among those that wait; None if they do not."""
+        self.segmenter: Segmenter | None = None
         self.watched = False
         self.unranked_rows = 0
         """Rows (window, KV head) whose scores were not all finite."""
@@ -127,13 +136,9 @@ class Pipeline:
         layer.writers += [memory for kind, memory in self.common.items() if kind not in known]
         needs_logits = self.stages.segment is not None and self.stages.segment.needs_logits
         self.watched = self.watched or needs_logits or bool(layer.watchers)
+        self.segmenter = layer.segmenter
+        self.layers.append(layer)
         return layer
-
-    def is_dense_up_to(self, longest: int) -> bool:
-        """Whether a step whose longest context has ``longest`` tokens needs no plan at all."""
-        if self.stages.always_dense:
-            return True
-        return not self.watched and longest <= self.geometry.dense_below
 
     def plan(
         self, query_start: Ints, seq_lens: Ints, is_prefilling: Flags, block_table: torch.Tensor
@@ -147,10 +152,19 @@ class Pipeline:
             block_table: ``[B, max_pages]`` int32 physical pages.
 
         Returns:
-            None where every window is dense and nobody watches: the step then takes the stock
-            path itself.
+            None where every window is dense and nobody watches, or what there is to learn can
+            wait: the step then takes the stock path itself.
         """
+        self.waiting = None
         if self.stages.always_dense:
+            return None
+        if self.layers and self.pending.can_wait(query_start, seq_lens, is_prefilling):
+            if not self.pending.has_room(seq_lens):
+                self._tell_pending()
+            self.waiting = self.pending.add(seq_lens, block_table)
+            return None
+        self._tell_pending()
+        if not self.watched and seq_lens.max() <= self.geometry.dense_below:
             return None
         batch = (query_start, seq_lens, is_prefilling, self.geometry)
         windows = cut_windows(*batch)
@@ -163,6 +177,32 @@ class Pipeline:
             return Plan(step, None, None)
         table = PageTable(step, self.geometry, self.num_kv_heads, self.workspace)
         return Plan(step, table, head_major_order(step, self.num_kv_heads))
+
+    def _tell_pending(self) -> None:
+        """Tells all memories of the tokens that wait."""
+        if self.pending.count:
+            step = self.pending.step()
+            for layer in self.layers:
+                layer.pending.tell(step, layer.writers, layer.watchers, self.workspace)
+            self.pending.count = 0
+
+    def write(self, layer: LayerStages, keys: torch.Tensor, slots: torch.Tensor) -> None:
+        """Tells one layer's memories of the step's keys, now or when it matters.
+
+        Args:
+            layer: The layer's stages.
+            keys: ``[T, Hk, D]``, any float dtype.
+            slots: ``[T]`` int64; negative ones are padding.
+        """
+        if self.waiting is not None:
+            layer.pending.add_keys(self.waiting, keys, slots)
+        else:
+            layer.write(as_float(keys, self.workspace, "keys"), slots)
+
+    def pass_by(self, layer: LayerStages, queries: torch.Tensor) -> None:
+        """Keeps one layer's queries ``[T, H, D]`` of a step without a plan, if they will matter."""
+        if self.waiting is not None and layer.watchers:
+            layer.pending.add_queries(self.waiting, queries)
 
     def run(
         self, layer: LayerStages | None, queries: torch.Tensor, keys: torch.Tensor, plan: Plan
@@ -185,6 +225,11 @@ class Pipeline:
                 memory.watch(passage)
         if plan.table is not None:
             self._select(layer, floats, plan.step, plan.table)
+
+    def learn(self, hidden: torch.Tensor, tokens: torch.Tensor, model: Any, step: Step) -> None:
+        """Lets the segment stage learn from a step's output; see :meth:`Segmenter.learn`."""
+        if self.segmenter is not None:
+            self.segmenter.learn(hidden, tokens, model, step)
 
     def _select(
         self, layer: LayerStages, queries: torch.Tensor, step: Step, table: PageTable
@@ -229,6 +274,7 @@ class Pipeline:
         layer = self.make_layer(shape, reader)
         keys = torch.zeros((geometry.window, heads, shape.head_dim))
         queries = torch.zeros((geometry.window, shape.num_heads, shape.head_dim))
+        ids = torch.zeros(geometry.window, dtype=torch.int64)
         context = sparse_context(geometry)
         if layer is not None:
             for count in (1, 2):
@@ -239,6 +285,17 @@ class Pipeline:
             plan = self.plan(starts, ends, np.array([tokens > 1]), pages)
             if plan is not None:
                 self.run(layer, queries[:tokens], keys[:tokens], plan)
+            if plan is not None and self.segmenter is not None:
+                self.learn(keys[:tokens, 0], ids[:tokens], _NoModel(), plan.step)
+
+
+class _NoModel:
+    """What a warm-up learns from: any logits will do."""
+
+    @staticmethod
+    def compute_logits(hidden: torch.Tensor) -> torch.Tensor:
+        """Two tokens, equally likely."""
+        return hidden.new_zeros((len(hidden), 2))
 
 
 def region_sizes(config: KvplugConfig, page: int) -> PageGeometry:

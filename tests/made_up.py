@@ -24,6 +24,7 @@ from tests.cases import PolicyCase
 
 MAX_CONTEXT = 1024
 HEAD_DIM = 16
+VOCABULARY = 11
 
 
 class Piece(NamedTuple):
@@ -81,6 +82,15 @@ def layer_of(cache: torch.Tensor | None = None, **changed: Any) -> Layer:
     return Layer(layer_shape(**changed), {}, None if cache is None else reader_of(cache))
 
 
+class Oracle:
+    """A model whose logits follow from its hidden states; every few tokens it is taken aback."""
+
+    @staticmethod
+    def compute_logits(hidden: torch.Tensor) -> torch.Tensor:
+        """``[n, V]`` from ``[n, hidden_size]``."""
+        return hidden[:, :VOCABULARY] ** 3
+
+
 @dataclass
 class World:
     """A pipeline, one layer's index, and a cache whose pages are dealt out at random."""
@@ -115,11 +125,15 @@ class World:
         self._store(poison, torch.arange(self.page))
 
     def _store(self, keys: torch.Tensor, slots: torch.Tensor) -> None:
-        """Puts keys ``[T, Hk, D]`` into the cache, as vLLM's kernel packs them, and tells."""
-        packed = self.cache.view(self.num_pages, self.num_kv_heads, HEAD_DIM, self.page)
-        packed[slots // self.page, :, :, slots % self.page] = keys
+        """Puts keys ``[T, Hk, D]`` into the cache, and tells the layer."""
+        self._pack(keys, slots)
         if self.layer is not None:
             self.layer.write(keys, slots)
+
+    def _pack(self, keys: torch.Tensor, slots: torch.Tensor) -> None:
+        """Puts keys into the cache as vLLM's kernel packs them."""
+        packed = self.cache.view(self.num_pages, self.num_kv_heads, HEAD_DIM, self.page)
+        packed[slots // self.page, :, :, slots % self.page] = keys
 
     def slots(self, request: int, start: int, stop: int) -> torch.Tensor:
         """``[stop - start]`` slots of a request's tokens; deals out pages as needed."""
@@ -179,16 +193,20 @@ class World:
         for piece in pieces:
             if cached and self.pipeline.watched:
                 self.prefill(piece.request, piece.start)
-            self.write(
-                piece.request, 0 if cached and not self.pipeline.watched else piece.start,
-                piece.stop,
-            )  # fmt: skip
-        return self.pipeline.plan(
+            elif cached:
+                self.write(piece.request, 0, piece.start)
+        slots = torch.cat([self.slots(p.request, p.start, p.stop) for p in pieces])
+        plan = self.pipeline.plan(
             np.cumsum([0, *(piece.tokens for piece in pieces)], dtype=np.int32),
             np.array([piece.stop for piece in pieces], np.int32),
             np.array([piece.prefilling for piece in pieces]),
             self.table(pieces),
         )
+        keys = torch.cat([self.keys(p.request)[p.start : p.stop] for p in pieces])
+        self._pack(keys, slots)
+        if self.layer is not None:
+            self.pipeline.write(self.layer, keys, slots)
+        return plan
 
     def queries(self, pieces: Sequence[Piece]) -> torch.Tensor:
         """``[T, H, D]`` queries of the step."""
@@ -203,6 +221,9 @@ class World:
         plan = self.plan(pieces, cached=cached)
         if plan is not None:
             self.attend(pieces, plan)
+            self.learn(pieces, plan)
+        elif self.layer is not None:
+            self.pipeline.pass_by(self.layer, self.queries(pieces))
         if plan is None or plan.table is None:
             return {
                 (piece.request, position): None
@@ -215,6 +236,15 @@ class World:
         """Runs the layer over the step, with its queries times ``sign``."""
         keys = [self.keys(p.request)[p.start : p.stop] for p in pieces]
         self.pipeline.run(self.layer, sign * self.queries(pieces), torch.cat(keys), plan)
+
+    def learn(self, pieces: Sequence[Piece], plan: Plan) -> None:
+        """Shows the model's output to a recipe that learns from it."""
+        if self.pipeline.segmenter is None:
+            return
+        shown = [self._content(p.request, 1, 3)[p.start : p.stop, 0] for p in pieces]
+        hidden = torch.cat(shown)
+        tokens = (hidden.abs().sum(1) * 1000).long() % VOCABULARY
+        self.pipeline.learn(hidden, tokens, Oracle(), plan.step)
 
     def rows(self, plan: Plan, window: int) -> list[list[int]]:
         """Per KV head, the filled physical entries of a window's page-table row."""

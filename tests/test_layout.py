@@ -27,7 +27,7 @@ RANKS: tuple[tuple[str, ...], ...] = (
     ("page_table", "step", "windows"),
     ("stage", "segment", "index", "probe", "budget", "select"),
     ("policies",),
-    ("attended", "machine", "pipeline"),
+    ("attended", "machine", "pending", "pipeline"),
     ("offload", "observe"),
     ("attention",),
     ("episodes", "startup"),

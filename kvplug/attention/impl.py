@@ -10,7 +10,7 @@ from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
 
 from kvplug.attention.attend.cpu import CpuAttend, SingleHeadCache
 from kvplug.errors import KvplugError
-from kvplug.pipeline import LayerStages, Pipeline, as_float
+from kvplug.pipeline import LayerStages, Pipeline
 from kvplug.stage import LayerShape
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ class KvplugImpl(CPUAttentionBackendImpl):
         """Writes keys and values to the cache, and keys to the index."""
         super().do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)
         if self.stages is not None:
-            self.stages.write(as_float(key, self._pipeline.workspace, "keys"), slot_mapping)
+            self._pipeline.write(self.stages, key, slot_mapping)
 
     def forward(
         self,
@@ -106,6 +106,8 @@ class KvplugImpl(CPUAttentionBackendImpl):
             assert attn_metadata is not None
             tokens = attn_metadata.num_actual_tokens
             self._pipeline.run(self.stages, query[:tokens], key[:tokens], plan)
+        elif attn_metadata is not None and self.stages is not None:
+            self._pipeline.pass_by(self.stages, query[: attn_metadata.num_actual_tokens])
         if plan is None or plan.table is None:
             return super().forward(
                 layer, query, key, value, kv_cache, attn_metadata, output, output_scale,

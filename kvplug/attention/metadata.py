@@ -31,6 +31,20 @@ class KvplugMetadata(CPUAttentionMetadata):
     """None: every window is dense, nobody watches, and the step takes the stock path."""
     schedule: torch.Tensor | None = None
     """The kernel's work split over the plan's page table."""
+    pipeline: Pipeline | None = None
+    """Of the group."""
+
+    def learn(self, hidden: torch.Tensor, tokens: torch.Tensor, model: Any) -> None:
+        """Lets the recipe learn from the step's output, where it does.
+
+        Args:
+            hidden: ``[T, hidden_size]`` or more rows of padding.
+            tokens: ``[T]`` token ids, or more.
+            model: vLLM's model.
+        """
+        if self.plan is not None and self.pipeline is not None:
+            actual = slice(self.num_actual_tokens)
+            self.pipeline.learn(hidden[actual], tokens[actual], model, self.plan.step)
 
 
 class KvplugMetadataBuilder(CPUAttentionMetadataBuilder):
@@ -71,7 +85,7 @@ class KvplugMetadataBuilder(CPUAttentionMetadataBuilder):
         stock = super().build(common_prefix_len, common_attn_metadata, fast_build)
         metadata = KvplugMetadata(**vars(stock))
         common = common_attn_metadata
-        if self.windowed or self.pipeline.is_dense_up_to(common.max_seq_len):
+        if self.windowed or self.pipeline.stages.always_dense:
             return metadata
         if common.is_prefilling is None or common.causal is not True:
             raise KvplugError("kvplug serves causal decoding by vLLM's own model runner only.")
@@ -81,7 +95,7 @@ class KvplugMetadataBuilder(CPUAttentionMetadataBuilder):
             common.is_prefilling.numpy(),
             common.block_table_tensor,
         )
-        metadata.plan = plan
+        metadata.plan, metadata.pipeline = plan, self.pipeline
         if plan is not None and plan.table is not None:
             metadata.schedule = self.attend.schedule(plan.table)
         return metadata

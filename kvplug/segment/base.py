@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from typing import TYPE_CHECKING, ClassVar
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+from numba import njit
 
 from kvplug.stage import Layer, Memory, Stage
 
@@ -19,11 +20,19 @@ class Segment(Stage):
     kind = "segment"
     gives = frozenset({"events"})
     needs_logits: ClassVar[bool] = False
-    """Whether :meth:`learn` must be called with the model's output after every step."""
+    """Whether it learns from the model's output after every step."""
+
+    @property
+    def needs_every_head(self) -> bool:
+        """Whether it compares keys of all KV heads, which a tensor-parallel worker has not."""
+        return False
 
     @abstractmethod
-    def for_layer(self, layer: Layer) -> Segment:
-        """What segments, the same for every layer; its memories are shared ones."""
+    def for_layer(self, layer: Layer) -> Segmenter | None:
+        """What learns events; None where there is nothing to learn.
+
+        It works on memories that all layers share. The one of a model's last layer is used.
+        """
 
     def chunk_limit(self, local: int, window: int) -> int | None:
         """Most prompt tokens that one step may take, in whole windows; None for any number.
@@ -33,32 +42,58 @@ class Segment(Stage):
         """
         return None
 
-    def learn(self, hidden: torch.Tensor, tokens: torch.Tensor, model: object, step: Step) -> None:
-        """Learns from one step's output; called after the model ran, only if ``needs_logits``.
+
+class Segmenter(ABC):
+    """Learns the events of every request that a worker serves."""
+
+    @abstractmethod
+    def learn(self, hidden: torch.Tensor, tokens: torch.Tensor, model: Any, step: Step) -> None:
+        """Learns from one step's output, after the model ran.
+
+        What it stores for a window may depend on nothing behind that window (design rule 4).
 
         Args:
             hidden: ``[T, hidden_size]``, what the model's head reads.
             tokens: ``[T]`` the step's token ids.
             model: vLLM's model; ``compute_logits(hidden)`` gives ``[T, V]``.
-            step: The step's windows.
+            step: The step; ``step.stream`` has its windows.
         """
-        raise NotImplementedError
 
 
 class EventStarts(Memory):
-    """Which physical pages begin an event: ``[pages]`` uint8, shared by all layers."""
+    """Which physical pages begin an event: ``[pages]`` uint8, shared by all layers.
+
+    Marked are boundaries that were found. Two kinds of event starts need no mark: a request's
+    first retrievable page, and every ``most_pages``-th page after a start without one between.
+    """
+
+    most_pages = 1
+    """Pages of the longest event; the segment stage sets it."""
 
     def __init__(self, layer: Layer) -> None:
-        """Starts with one event a request."""
+        """Starts without boundaries."""
         super().__init__(layer)
         self.starts = torch.zeros(layer.shape.num_pages, dtype=torch.uint8)
+        self._starts_host = self.starts.numpy()
+
+    def limit(self, max_tokens: int) -> None:
+        """Says how long an event may be: whole pages of ``max_tokens``, and at least one."""
+        self.most_pages = max(max_tokens // self.shape.page, 1)
 
     def write(self, keys: torch.Tensor, slots: torch.Tensor) -> None:
         """A page handed to new content begins no event until it is said to."""
-        first = slots[slots % self.shape.page == 0]
-        self.starts[first[first >= 0] // self.shape.page] = 0
+        _unmark(slots.numpy(), self.shape.page, self._starts_host)
 
     @property
     def state(self) -> tuple[torch.Tensor, ...]:
         """See the class."""
         return (self.starts,)
+
+
+@njit(cache=True)
+def _unmark(slots, page, starts):  # type: ignore[no-untyped-def]
+    """``starts[page] = 0`` for every page whose first slot is written."""
+    for token in range(slots.shape[0]):
+        slot = slots[token]
+        if slot >= 0 and slot % page == 0:
+            starts[slot // page] = 0

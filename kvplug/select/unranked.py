@@ -8,7 +8,7 @@ from numba import njit
 
 @njit(cache=True)
 def count_unranked(scores, rows, far_begin, far_end):  # type: ignore[no-untyped-def]
-    """Rows (window, KV head) with a NaN or plus infinity among their far pages' scores, or no number.
+    """Rows (window, KV head) whose far pages have a NaN or plus infinity for a score, or no number.
 
     Minus infinity is a legal score, of a page that an index has ruled out; not of all of them.
 
