@@ -37,6 +37,8 @@ POLICY_CASES = [
     PolicyCase("simhash", {}),
     PolicyCase("simhash", {"last": 1, "active": 0}),
     PolicyCase("simhash", {"last": 3, "active": 7}),
+    PolicyCase("hcam", {}, indexes_on_write=False),
+    PolicyCase("hcam", {"pages": 3, "spread": 1.0}, indexes_on_write=False),
 ]
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from kvplug.index.base import Index
+from kvplug.index.chunk_mean import ChunkMean
 from kvplug.index.minmax import MinMax
 from kvplug.index.simhash import SimHash
 from kvplug.registry import Registry, registry_of
 
-INDEXES: Registry[type[Index]] = registry_of("index", MinMax, SimHash)
+INDEXES: Registry[type[Index]] = registry_of("index", ChunkMean, MinMax, SimHash)

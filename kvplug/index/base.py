@@ -47,6 +47,14 @@ class PageIndex(Memory):
                 ``far_begin + n``; entries from ``far_end - far_begin`` on are left alone.
         """
 
+    @property
+    def means(self) -> torch.Tensor:
+        """``[pages, Hk, D]`` mean key of every page that any window may retrieve.
+
+        Only where the stage gives ``means``.
+        """
+        raise NotImplementedError
+
     def bytes_per_token(self) -> float:
         """Bytes of index per token and layer, all KV heads."""
         return self.nbytes() / (self.shape.num_pages * self.shape.page)

@@ -11,6 +11,7 @@ from kvplug.errors import KvplugError
 from kvplug.fields import build
 from kvplug.policies.base import Policy, Stages
 from kvplug.policies.dense import Dense
+from kvplug.policies.hcam import Hcam
 from kvplug.policies.quest import Quest
 from kvplug.policies.simhash import SimHash
 from kvplug.policies.stages import is_replacement, replace_stages
@@ -21,6 +22,7 @@ POLICIES: Registry[type[Policy]] = Registry("policy")
 POLICIES.register("dense")(Dense)
 POLICIES.register("streaming")(Streaming)
 POLICIES.register("quest")(Quest)
+POLICIES.register("hcam")(Hcam)
 POLICIES.register("simhash")(SimHash)
 
 

@@ -18,6 +18,7 @@ FEATURES = {
     "logits": "scores on the scale of attention logits",
     "events": "a segment stage",
     "chunks": "an index of chunks",
+    "means": "an index of page means",
 }
 """What stages may need of each other, in words."""
 
@@ -50,6 +51,12 @@ class Stages:
                         f"{stage.kind} {stage.name!r} needs {FEATURES[feature]} {purpose}, which "
                         f"none of the recipe's other stages gives."
                     )
+        if self.merge == "coarse" and not any("means" in stage.gives for stage in self.all()):
+            index = self.index.name if self.index else None
+            raise KvplugError(
+                f"Merge 'coarse' weighs pages by {FEATURES['means']}, which index {index!r} is "
+                f"not: choose an index such as 'chunk_mean', or merge 'exact'."
+            )
 
     def all(self) -> list[Stage]:
         """The stages that there are."""

@@ -308,7 +308,7 @@ def test_a_decoding_token_finds_its_own_key(case: PolicyCase, needle: int) -> No
     assert plan is not None
     assert made.layer is not None
     queries = made.queries([piece])
-    made.layer.write(8 * queries[:, ::2].contiguous(), made.slots(1, needle, needle + 1))
+    made._store(8 * queries[:, ::2].contiguous(), made.slots(1, needle, needle + 1))
     made.attend([piece], plan)
     attended = dict(made.read([piece], plan))[1, 500]
     assert isinstance(attended, Attended)
