@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+from numba import njit, prange
 
+from kvplug.compiled import compiled
 from kvplug.errors import KvplugError
 from kvplug.probe.base import Probe, Probes
 from kvplug.stage import Layer
@@ -15,10 +17,17 @@ if TYPE_CHECKING:
     from kvplug.step import Step
     from kvplug.workspace import Workspace
 
+LANES = 16
+"""Floats in a vector register, to estimate work."""
+
 
 @dataclass(frozen=True)
 class UnionProbe(Probe):
-    """The vectors of all its probes, one after the other."""
+    """The vectors of all its probes, one after the other.
+
+    What a probe adds to a window is left out where the first gave just the same: at decode, where
+    most probes are the query itself, a union costs no more than one of them.
+    """
 
     name = "union"
     probes: tuple[Probe, ...] = ()
@@ -39,16 +48,56 @@ class UnionProbe(Probe):
         parts: list[Probes] = []
         for number, probe in enumerate(self.probes):
             vectors, counts = probe.build(queries, num_kv_heads, step, workspace)
+            # Probes build in the same buffer, so each is moved out of the next one's way.
             kept = workspace.take(f"probe.part{number}", tuple(vectors.shape), torch.float32)
             parts.append(Probes(kept.copy_(vectors), counts))
-        counts = torch.stack([part.counts for part in parts]).sum(0, dtype=torch.int32)
         windows, _, _, dim = parts[0].vectors.shape
-        shape = (windows, num_kv_heads, int(counts.max()), dim)
-        joined = workspace.take("probe.joined", shape, torch.float32)
-        for w in range(windows):
-            filled = 0
-            for part in parts:
-                count = int(part.counts[w])
-                joined[w, :, filled : filled + count] = part.vectors[w, :, :count]
-                filled += count
-        return Probes(joined, counts)
+        most = sum(part.vectors.shape[2] for part in parts)
+        joined = workspace.take("probe.joined", (windows, num_kv_heads, most, dim), torch.float32)
+        filled = torch.zeros(windows, dtype=torch.int32)
+        for vectors, counts in parts:
+            work = vectors.numel() // LANES
+            _append(work, vectors.numpy(), counts.numpy(), joined.numpy(), filled.numpy())
+        return Probes(joined, filled)
+
+
+@njit(cache=True)
+def _begins_with(joined, vectors, count):  # type: ignore[no-untyped-def]
+    """Whether the first ``count`` of two rows of vectors ``[Hk, R, D]`` are equal."""
+    for head in range(vectors.shape[0]):
+        for r in range(count):
+            for d in range(vectors.shape[2]):
+                if joined[head, r, d] != vectors[head, r, d]:
+                    return False
+    return True
+
+
+@compiled()
+def _append(vectors, counts, joined, filled):  # type: ignore[no-untyped-def]
+    """Appends each window's vectors to ``joined``, unless they are what stands there first."""
+    for w in prange(vectors.shape[0]):
+        count, start = counts[w], filled[w]
+        if start >= count and _begins_with(joined[w], vectors[w], count):
+            continue
+        joined[w, :, start : start + count] = vectors[w, :, :count]
+        filled[w] = start + count
+
+
+def union_reference(parts: list[list[torch.Tensor]]) -> list[torch.Tensor]:
+    """Twin of :meth:`UnionProbe.build` in plain torch.
+
+    Args:
+        parts: Of each probe, one ``[Hk, R_w, D]`` per window.
+
+    Returns:
+        One ``[Hk, R_w, D]`` per window.
+    """
+    joined = []
+    for window in zip(*parts, strict=True):
+        row = window[0]
+        for vectors in window[1:]:
+            count = vectors.shape[1]
+            if row.shape[1] < count or not torch.equal(row[:, :count], vectors):
+                row = torch.cat([row, vectors], 1)
+        joined.append(row)
+    return joined
