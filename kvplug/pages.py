@@ -138,3 +138,34 @@ class KeyReader:
         if packed.dtype == torch.float32:
             return packed
         return workspace.take("reader.keys", shape, torch.float32).copy_(packed)
+
+
+class ValueReader:
+    """Reads values back from the cache: rows, in the packings that :class:`KeyReader` knows.
+
+    Args:
+        values: ``[pages * Hk, 1, P, D]``, the value half of a :func:`single_head_view`.
+        isa: vLLM's name of the kernel's instruction set; see :meth:`KeyReader.reads`.
+    """
+
+    def __init__(self, values: torch.Tensor, isa: str) -> None:
+        """Holds its view."""
+        assert KeyReader.reads(values, isa)
+        self._pages = values[:, 0]
+
+    def read(self, rows: torch.Tensor, workspace: Workspace) -> torch.Tensor:
+        """Copies pages of single heads.
+
+        Args:
+            rows: ``[n]`` int64, ``page * Hk + head``.
+            workspace: Owns the result, until the next call.
+
+        Returns:
+            ``[n, P, D]`` float32.
+        """
+        shape = (rows.shape[0], *self._pages.shape[1:])
+        packed = workspace.take("reader.packed_values", shape, self._pages.dtype)
+        torch.index_select(self._pages, 0, rows, out=packed)
+        if packed.dtype == torch.float32:
+            return packed
+        return workspace.take("reader.values", shape, torch.float32).copy_(packed)

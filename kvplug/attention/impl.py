@@ -8,6 +8,7 @@ import torch
 from vllm.v1.attention.backend import AttentionType
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
 
+from kvplug.attention.attend.coarse import CoarseMerge
 from kvplug.attention.attend.cpu import CpuAttend, SingleHeadCache
 from kvplug.errors import KvplugError
 from kvplug.pipeline import LayerStages, Pipeline
@@ -43,6 +44,7 @@ class KvplugImpl(CPUAttentionBackendImpl):
         self.attend: CpuAttend | None = None
         self.stages: LayerStages | None = None
         self.cache: SingleHeadCache | None = None
+        self.coarse: CoarseMerge | None = None
         self.is_dense = self.sliding_window != -1
         # For measurements: told the queries [T, H, D] and the plan once its pages are selected.
         self.observer: Callable[[torch.Tensor, Plan], None] | None = None
@@ -69,11 +71,23 @@ class KvplugImpl(CPUAttentionBackendImpl):
             shape: The layer's geometry.
 
         Raises:
-            KvplugError: The cache's layout is not one that pages can be viewed in.
+            KvplugError: The cache's layout is not one that pages can be viewed in, or read in
+                where the recipe reads them.
         """
         assert self.attend is not None
         self.cache = SingleHeadCache.of(kv_cache)
-        self.stages = self._pipeline.make_layer(shape, self.attend.reader(self.cache))
+        reader = self.attend.reader(self.cache)
+        self.stages = self._pipeline.make_layer(shape, reader)
+        if self._pipeline.stages.merge == "coarse" and self.stages is not None:
+            values = self.attend.value_reader(self.cache)
+            if reader is None or values is None:
+                raise KvplugError(
+                    "Merge 'coarse' reads keys and values back from the KV cache, and kvplug does "
+                    "not know how this CPU's kernel packs them (fp8 caches, AMX, Arm): use merge "
+                    "'exact'."
+                )
+            means = self.stages.index.means
+            self.coarse = CoarseMerge(reader, values, means, self.scale, self.logits_soft_cap)
 
     def do_kv_cache_update(
         self,
@@ -127,4 +141,6 @@ class KvplugImpl(CPUAttentionBackendImpl):
             self._pipeline.workspace, self.scale, self.logits_soft_cap,
             (layer._k_scale_float, layer._v_scale_float),
         )  # fmt: skip
+        if self.coarse is not None:
+            self.coarse(query[:tokens], output[:tokens], plan, self._pipeline.workspace)
         return output

@@ -8,7 +8,7 @@ import torch
 from vllm import _custom_ops as ops
 from vllm import envs
 
-from kvplug.pages import KeyReader, single_head_view
+from kvplug.pages import KeyReader, ValueReader, single_head_view
 
 if TYPE_CHECKING:
     from kvplug.page_table import PageTable
@@ -69,6 +69,11 @@ class CpuAttend:
     def reader(self, cache: SingleHeadCache) -> KeyReader | None:
         """What reads keys back from ``cache``; None where its packing is not known."""
         return KeyReader(cache.keys, self.isa) if KeyReader.reads(cache.keys, self.isa) else None
+
+    def value_reader(self, cache: SingleHeadCache) -> ValueReader | None:
+        """What reads values back; None where keys cannot be read either."""
+        known = KeyReader.reads(cache.values, self.isa)
+        return ValueReader(cache.values, self.isa) if known else None
 
     def schedule(self, table: PageTable) -> torch.Tensor:
         """The kernel's work split for ``table``; it holds for every layer of the step."""
