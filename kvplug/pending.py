@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from numba import njit
 
 from kvplug.stage import LayerShape, Memory, Passage
 from kvplug.step import Step
@@ -19,7 +20,7 @@ from kvplug.windows import cut_windows
 
 if TYPE_CHECKING:
     from kvplug.pages import PageGeometry
-    from kvplug.windows import Flags, Ints
+    from kvplug.windows import Batch
     from kvplug.workspace import Workspace
 
 CAPACITY = 128
@@ -27,7 +28,7 @@ CAPACITY = 128
 
 
 class PendingSteps:
-    """Which tokens wait: their contexts and pages, the same for every layer.
+    """Which tokens wait: their contexts, slots and pages, the same for every layer.
 
     Args:
         geometry: Region sizes.
@@ -36,41 +37,28 @@ class PendingSteps:
     def __init__(self, geometry: PageGeometry) -> None:
         """Starts empty."""
         self.count = 0
+        self.slots = torch.zeros(CAPACITY, dtype=torch.int64)
+        """``[CAPACITY]`` of the waiting tokens."""
         self._geometry = geometry
         self._ends = np.zeros(CAPACITY, np.int32)
         columns = -(-geometry.dense_below // geometry.page) + 1
         self._tables = torch.zeros((CAPACITY, columns), dtype=torch.int32)
+        self._limits = (geometry.dense_below, geometry.page)
+        self._host = (self._ends, self._tables.numpy(), self.slots.numpy())
 
-    def can_wait(self, query_start: Ints, seq_lens: Ints, is_prefilling: Flags) -> bool:
-        """Whether a step only decodes, below ``dense_below``: one token of each request."""
-        requests = seq_lens.shape[0]
-        return bool(
-            query_start[-1] == requests <= CAPACITY
-            and seq_lens.max() <= self._geometry.dense_below
-            and not is_prefilling.any()
-        )
-
-    def has_room(self, seq_lens: Ints) -> bool:
-        """Whether a step's tokens can join those that wait: none of them begins a page."""
-        fits = self.count + seq_lens.shape[0] <= CAPACITY
-        return bool(fits and (seq_lens % self._geometry.page != 1).all())
-
-    def add(self, seq_lens: Ints, block_table: torch.Tensor) -> slice:
-        """Notes a step whose tokens wait.
-
-        Args:
-            seq_lens: ``[B]`` context lengths, the tokens included.
-            block_table: ``[B, max_pages]`` int32.
+    def add(self, batch: Batch) -> slice | None:
+        """Notes a step whose tokens can wait.
 
         Returns:
-            Places of the tokens among those that wait.
+            Places of its tokens among those that wait. None if the step does more than decode
+            below ``dense_below``, or there is no room: then what waits must be told first.
         """
-        first, stop = self.count, self.count + seq_lens.shape[0]
-        self._ends[first:stop] = seq_lens
-        columns = min(self._tables.shape[1], block_table.shape[1])
-        self._tables[first:stop, :columns] = block_table[:, :columns]
-        self.count = stop
-        return slice(first, stop)
+        first = self.count
+        count = _note(*batch, self._limits, first, *self._host)
+        if count < 0:
+            return None
+        self.count = count
+        return slice(first, count)
 
     def step(self) -> Step:
         """The waiting tokens as one step, each a request of its own with one window."""
@@ -92,34 +80,70 @@ class PendingTokens:
     def __init__(self, shape: LayerShape, watched: bool) -> None:
         """Allocates room for CAPACITY tokens."""
         self._keys = torch.zeros((CAPACITY, shape.num_kv_heads, shape.head_dim))
-        self._slots = torch.zeros(CAPACITY, dtype=torch.int64)
         rows = CAPACITY if watched else 0
         self._queries = torch.zeros((rows, shape.num_heads, shape.head_dim))
 
-    def add_keys(self, places: slice, keys: torch.Tensor, slots: torch.Tensor) -> None:
-        """Keeps keys and slots of tokens that :class:`PendingSteps` noted.
+    def add_keys(self, places: slice, keys: torch.Tensor) -> None:
+        """Keeps the keys of tokens that :class:`PendingSteps` noted.
 
         Args:
             places: From :meth:`PendingSteps.add`.
             keys: ``[T, Hk, D]``; rows behind the step's tokens are padding.
-            slots: ``[T]`` int64, the same.
         """
-        count = places.stop - places.start
-        self._keys[places] = keys[:count]
-        self._slots[places] = slots[:count]
+        self._keys[places].copy_(keys[: places.stop - places.start])
 
     def add_queries(self, places: slice, queries: torch.Tensor) -> None:
         """Keeps their queries ``[n, H, D]``."""
-        self._queries[places] = queries
+        self._queries[places].copy_(queries)
 
     def tell(
-        self, step: Step, writers: list[Memory], watchers: list[Memory], workspace: Workspace
+        self,
+        step: Step,
+        slots: torch.Tensor,
+        writers: list[Memory],
+        watchers: list[Memory],
+        workspace: Workspace,
     ) -> None:
-        """Tells memories of all waiting tokens, as their steps would have."""
+        """Tells memories of all waiting tokens, as their steps would have.
+
+        Args:
+            step: From :meth:`PendingSteps.step`.
+            slots: ``[n]`` of the tokens.
+            writers: Memories that want keys.
+            watchers: Memories that watch.
+            workspace: Where buffers live.
+        """
         count = len(step.stream)
         keys = self._keys[:count]
         for memory in writers:
-            memory.write(keys, self._slots[:count])
-        passage = Passage(self._queries[:count], keys, step, workspace)
-        for memory in watchers:
-            memory.watch(passage)
+            memory.write(keys, slots[:count])
+        if watchers:
+            passage = Passage(self._queries[:count], keys, step, workspace)
+            for memory in watchers:
+                memory.watch(passage)
+
+
+@njit(cache=True)
+def _note(  # type: ignore[no-untyped-def]
+    query_start, seq_lens, is_prefilling, block_table, slot_mapping, limits, count, ends, tables,
+    slots,
+):  # fmt: skip
+    """Appends a step's tokens; returns how many wait then, or -1 where nothing was appended.
+
+    A token that begins a page hands it to new content, so it must not wait behind others.
+    """
+    dense_below, page = limits
+    requests = seq_lens.shape[0]
+    if query_start[requests] != requests or count + requests > ends.shape[0]:
+        return -1
+    for request in range(requests):
+        end = seq_lens[request]
+        if is_prefilling[request] or end > dense_below or (count > 0 and (end - 1) % page == 0):
+            return -1
+    columns = min(tables.shape[1], block_table.shape[1])
+    for request in range(requests):
+        ends[count] = seq_lens[request]
+        slots[count] = slot_mapping[request]
+        tables[count, :columns] = block_table[request, :columns]
+        count += 1
+    return count

@@ -20,7 +20,7 @@ from kvplug.policies import make_stages
 from kvplug.select.unranked import count_unranked
 from kvplug.stage import Layer, LayerShape, Memory, Passage
 from kvplug.step import Step
-from kvplug.windows import cut_windows
+from kvplug.windows import Batch, cut_windows
 from kvplug.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from kvplug.probe.base import Probe
     from kvplug.segment.base import Segmenter
     from kvplug.select.base import Select
-    from kvplug.windows import Flags, Ints
 
 
 logger = logging.getLogger("vllm.kvplug")
@@ -140,51 +139,45 @@ class Pipeline:
         self.layers.append(layer)
         return layer
 
-    def plan(
-        self, query_start: Ints, seq_lens: Ints, is_prefilling: Flags, block_table: torch.Tensor
-    ) -> Plan | None:
+    def plan(self, batch: Batch) -> Plan | None:
         """Plans one step.
-
-        Args:
-            query_start: ``[B + 1]`` first query token of each request, then the total.
-            seq_lens: ``[B]`` context lengths, this step's tokens included.
-            is_prefilling: ``[B]`` whether the prompt was incomplete before this step.
-            block_table: ``[B, max_pages]`` int32 physical pages.
 
         Returns:
             None where every window is dense and nobody watches, or what there is to learn can
             wait: the step then takes the stock path itself.
         """
         self.waiting = None
-        if self.stages.always_dense:
+        if self.stages.always_dense or self._can_wait(batch):
             return None
-        if self.layers and self.pending.can_wait(query_start, seq_lens, is_prefilling):
-            if not self.pending.has_room(seq_lens):
-                self._tell_pending()
-            self.waiting = self.pending.add(seq_lens, block_table)
-            return None
-        self._tell_pending()
+        query_start, seq_lens, is_prefilling, block_table, _ = batch
         if not self.watched and seq_lens.max() <= self.geometry.dense_below:
             return None
-        batch = (query_start, seq_lens, is_prefilling, self.geometry)
-        windows = cut_windows(*batch)
+        cut = (query_start, seq_lens, is_prefilling, self.geometry)
+        windows = cut_windows(*cut)
         is_sparse = bool(windows.sparse.any())
         if not is_sparse and not self.watched:
             return None
-        stream = cut_windows(*batch, merge=False) if self.watched else None
-        step = Step(windows, block_table, self.geometry.most_pages, stream, is_prefilling)
+        stream = cut_windows(*cut, merge=False) if self.watched else None
+        pages = torch.from_numpy(block_table)
+        step = Step(windows, pages, self.geometry.most_pages, stream, is_prefilling)
         if not is_sparse:
             return Plan(step, None, None)
         table = PageTable(step, self.geometry, self.num_kv_heads, self.workspace)
         return Plan(step, table, head_major_order(step, self.num_kv_heads))
 
-    def _tell_pending(self) -> None:
-        """Tells all memories of the tokens that wait."""
-        if self.pending.count:
-            step = self.pending.step()
+    def _can_wait(self, batch: Batch) -> bool:
+        """Whether the step's tokens wait; if not, those that do are told first."""
+        if not self.layers:
+            return False
+        self.waiting = self.pending.add(batch)
+        if self.waiting is None and self.pending.count:
+            step, slots = self.pending.step(), self.pending.slots
             for layer in self.layers:
-                layer.pending.tell(step, layer.writers, layer.watchers, self.workspace)
+                memories = layer.writers, layer.watchers
+                layer.pending.tell(step, slots, *memories, self.workspace)
             self.pending.count = 0
+            self.waiting = self.pending.add(batch)
+        return self.waiting is not None
 
     def write(self, layer: LayerStages, keys: torch.Tensor, slots: torch.Tensor) -> None:
         """Tells one layer's memories of the step's keys, now or when it matters.
@@ -195,7 +188,7 @@ class Pipeline:
             slots: ``[T]`` int64; negative ones are padding.
         """
         if self.waiting is not None:
-            layer.pending.add_keys(self.waiting, keys, slots)
+            layer.pending.add_keys(self.waiting, keys)
         else:
             layer.write(as_float(keys, self.workspace, "keys"), slots)
 
@@ -279,10 +272,11 @@ class Pipeline:
         if layer is not None:
             for count in (1, 2):
                 layer.write(keys[:count], torch.arange(count))
-        pages = torch.arange(-(-context // page), dtype=torch.int32)[None]
+        pages = np.arange(-(-context // page), dtype=np.int32)[None]
         for tokens in (1, geometry.window):
             starts, ends = np.array([0, tokens], np.int32), np.array([context], np.int32)
-            plan = self.plan(starts, ends, np.array([tokens > 1]), pages)
+            slots = np.arange(context - tokens, context)
+            plan = self.plan(Batch(starts, ends, np.array([tokens > 1]), pages, slots))
             if plan is not None:
                 self.run(layer, queries[:tokens], keys[:tokens], plan)
             if plan is not None and self.segmenter is not None:

@@ -20,6 +20,21 @@ Ints = NDArray[np.int32]
 Flags = NDArray[np.bool_]
 
 
+class Batch(NamedTuple):
+    """One step's batch, as arrays over vLLM's memory."""
+
+    query_start: Ints
+    """``[B + 1]`` first query token of each request, then the total."""
+    seq_lens: Ints
+    """``[B]`` context lengths, this step's tokens included."""
+    is_prefilling: Flags
+    """``[B]`` whether the prompt was incomplete before this step."""
+    block_table: Ints
+    """``[B, max_pages]`` physical pages."""
+    slots: NDArray[np.int64]
+    """``[T]`` where the step's keys go; more rows are padding."""
+
+
 class Windows(NamedTuple):
     """The ``S`` windows of one step, in the order of their tokens; they cover every token once.
 

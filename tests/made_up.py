@@ -20,6 +20,7 @@ from kvplug.config import KvplugConfig
 from kvplug.pages import KeyReader
 from kvplug.pipeline import LayerStages, Pipeline, Plan
 from kvplug.stage import Layer, LayerShape
+from kvplug.windows import Batch
 from tests.cases import PolicyCase
 
 MAX_CONTEXT = 1024
@@ -141,7 +142,7 @@ class World:
         while len(mine) * self.page < stop:
             mine.append(self._free.pop())
         positions = torch.arange(start, stop)
-        return torch.tensor(mine)[positions // self.page] * self.page + positions % self.page
+        return torch.tensor(mine, dtype=torch.int64)[positions // self.page] * self.page + positions % self.page
 
     def write(self, request: int, start: int, stop: int) -> None:
         """Writes a request's keys, as a step that computes them does."""
@@ -196,12 +197,14 @@ class World:
             elif cached:
                 self.write(piece.request, 0, piece.start)
         slots = torch.cat([self.slots(p.request, p.start, p.stop) for p in pieces])
-        plan = self.pipeline.plan(
+        batch = Batch(
             np.cumsum([0, *(piece.tokens for piece in pieces)], dtype=np.int32),
             np.array([piece.stop for piece in pieces], np.int32),
             np.array([piece.prefilling for piece in pieces]),
-            self.table(pieces),
+            self.table(pieces).numpy(),
+            slots.numpy(),
         )
+        plan = self.pipeline.plan(batch)
         keys = torch.cat([self.keys(p.request)[p.start : p.stop] for p in pieces])
         self._pack(keys, slots)
         if self.layer is not None:

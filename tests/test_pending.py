@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from kvplug.pending import CAPACITY, PendingSteps
+from kvplug.windows import Batch
 from tests.cases import PolicyCase, policy_params
 from tests.made_up import Attended, Piece, World
 from tests.policies.test_contract import OPTIONS, PAGE, WINDOW, states
@@ -18,7 +20,7 @@ LONG_DENSE = {**OPTIONS, "dense_below": 200}
 def served(made: World, *, waits: bool) -> list[dict[tuple[int, int], Attended | None]]:
     """Two requests decode past ``dense_below``; a third comes on pages that another gave back."""
     if not waits:
-        made.pipeline.pending.can_wait = lambda *_: False  # type: ignore[method-assign]
+        made.pipeline.pending.add = lambda _: None  # type: ignore[method-assign]
     for request, stop in ((1, 60), (2, 171), (3, 33)):
         made.prefill(request, stop)
     chosen = []
@@ -66,15 +68,37 @@ def pending(**changed: Any) -> PendingSteps:
     return PendingSteps(geometry._replace(**changed))
 
 
-def test_a_full_buffer_has_no_room() -> None:
-    import numpy as np
+def batch(requests: int, end: int, **changed: Any) -> Batch:
+    fields = {
+        "query_start": np.arange(requests + 1, dtype=np.int32),
+        "seq_lens": np.full(requests, end, np.int32),
+        "is_prefilling": np.zeros(requests, np.bool_),
+        "block_table": np.zeros((requests, 30), np.int32),
+        "slots": np.arange(requests),
+    }
+    return Batch(**{**fields, **changed})
 
+
+def test_a_full_buffer_has_no_room() -> None:
     steps = pending()
-    table = torch.zeros((50, 30), dtype=torch.int32)
-    ends = np.full(50, 60, np.int32)
-    assert steps.has_room(ends)
-    assert steps.add(ends, table) == slice(0, 50)
-    assert steps.add(ends, table) == slice(50, 100)
-    assert CAPACITY < 150
-    assert not steps.has_room(ends)
-    assert steps.has_room(ends[: CAPACITY - 100])
+    assert steps.add(batch(50, 60)) == slice(0, 50)
+    assert steps.add(batch(50, 61)) == slice(50, 100)
+    assert steps.add(batch(50, 62)) is None
+    assert steps.add(batch(CAPACITY - 100, 62)) == slice(100, CAPACITY)
+    assert len(steps.step().stream) == CAPACITY
+
+
+def test_what_does_not_wait() -> None:
+    steps = pending()
+    two = np.array([0, 1, 3], np.int32)
+    prefilling = np.array([False, True])
+    for other in (
+        batch(2, 201),
+        batch(2, 60, query_start=two),
+        batch(2, 60, is_prefilling=prefilling),
+        batch(CAPACITY + 1, 60),
+    ):
+        assert steps.add(other) is None
+    assert steps.add(batch(2, 57)) == slice(0, 2), "the first may begin a page"
+    assert steps.add(batch(2, 65)) is None, "a later one may not"
+    assert steps.add(batch(2, 200)) == slice(2, 4)

@@ -18,6 +18,7 @@ from kvplug.attention.attend.cpu import CpuAttend
 from kvplug.errors import KvplugError
 from kvplug.pipeline import Pipeline, Plan
 from kvplug.selection import options_of
+from kvplug.windows import Batch
 
 if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import AttentionSpec
@@ -89,12 +90,12 @@ class KvplugMetadataBuilder(CPUAttentionMetadataBuilder):
             return metadata
         if common.is_prefilling is None or common.causal is not True:
             raise KvplugError("kvplug serves causal decoding by vLLM's own model runner only.")
-        plan = self.pipeline.plan(
-            common.query_start_loc_cpu.numpy(),
-            common.seq_lens.numpy(),
-            common.is_prefilling.numpy(),
-            common.block_table_tensor,
-        )
+        batch = Batch(
+            common.query_start_loc_cpu.numpy(), common.seq_lens.numpy(),
+            common.is_prefilling.numpy(), common.block_table_tensor.numpy(),
+            common.slot_mapping.numpy(),
+        )  # fmt: skip
+        plan = self.pipeline.plan(batch)
         metadata.plan, metadata.pipeline = plan, self.pipeline
         if plan is not None and plan.table is not None:
             metadata.schedule = self.attend.schedule(plan.table)
