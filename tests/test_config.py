@@ -165,11 +165,15 @@ def test_sinks_are_rounded_up_and_budgets_down(sink: int, page: int, pages: int)
         ("QUEST", {}, "Unknown policy 'QUEST': .*quest"),
         ("", {}, "valid names"),
         ("simhash", {"lst": 2}, "option 'lst' of policy 'simhash': did you mean 'last'"),
-        ("simhash", {"last": "2"}, "'last' of policy 'simhash' must be int, not '2'"),
-        ("simhash", {"last": True}, "must be int, not True"),
+        ("simhash", {"last": "2"}, "'last' of policy 'simhash' must be a whole number, not '2'"),
+        ("simhash", {"last": True}, "must be a whole number, not True"),
         ("simhash", {"last": 0}, "last >= 1"),
         ("simhash", {"active": -1}, "active >= 0"),
-        ("quest", {"last": 2}, "option 'last' of policy 'quest': it has none"),
+        (
+            "quest",
+            {"last": 2},
+            "Option 'last' belongs to policy .*'simhash', not to 'quest'",
+        ),
     ],
 )
 def test_bad_policies(name: str, options: dict[str, Any], words: str) -> None:

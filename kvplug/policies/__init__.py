@@ -1,20 +1,26 @@
-"""Recipes by name. Other packages add theirs under the entry-point group ``kvplug.policies``."""
+"""Recipes by name: kvplug's own, and those of other packages (:mod:`.packages`)."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from importlib.metadata import entry_points
 from typing import Any
 
 from kvplug.config import KvplugConfig
 from kvplug.errors import KvplugError
-from kvplug.fields import build
+from kvplug.fields import build, option_names
 from kvplug.policies.base import Policy, Stages
 from kvplug.policies.dense import Dense
 from kvplug.policies.hcam import Hcam
+from kvplug.policies.packages import find_recipe
 from kvplug.policies.quest import Quest
 from kvplug.policies.simhash import SimHash
-from kvplug.policies.stages import is_replacement, replace_stages
+from kvplug.policies.stages import (
+    REPLACEABLE,
+    is_ignored,
+    is_replacement,
+    replace_stages,
+    stages_of,
+)
 from kvplug.policies.streaming import Streaming
 from kvplug.registry import Registry
 
@@ -47,14 +53,22 @@ def make_stages(name: str, options: Mapping[str, Any]) -> Stages:
     Raises:
         KvplugError: Unknown name or option, a value out of range, or stages that do not fit.
     """
-    for entry in entry_points(group="kvplug.policies"):
-        if entry.name == name and name not in POLICIES:
-            recipe = entry.load()
-            if not (isinstance(recipe, type) and issubclass(recipe, Policy)):
-                raise KvplugError(f"Entry point {entry.value!r} is not a kvplug Policy class.")
-            POLICIES.register(name)(recipe)
-    what = f"policy {name!r}"
-    fields = {key: value for key, value in options.items() if not is_replacement(key)}
+    recipe, what = find_recipe(name, POLICIES), f"policy {name!r}"
+    own = {key: value for key, value in options.items() if not is_replacement(key)}
     replacements = {key: value for key, value in options.items() if is_replacement(key)}
-    policy = build(POLICIES.get(name), what, fields)
-    return replace_stages(policy.stages(), what, replacements)
+    for key in own:
+        others = [other for other in POLICIES if key in option_names(POLICIES.get(other))]
+        if others and key not in option_names(recipe):
+            raise KvplugError(
+                f"Option {key!r} belongs to policy {' and '.join(map(repr, others))}, not to "
+                f"{name!r}."
+            )
+    policy = build(recipe, what, own, also=REPLACEABLE)
+    stages = replace_stages(stages_of(policy, what), what, replacements)
+    for key, value in own.items() if replacements else ():
+        if is_ignored(policy, key, value, replacements, stages):
+            raise KvplugError(
+                f"Option {key!r} of {what} has no effect beside the stages that replace its own: "
+                f"leave it out, or give it to the stage that replaces them."
+            )
+    return stages

@@ -9,6 +9,7 @@ from kvplug.budget.fixed import FixedBudget
 from kvplug.errors import KvplugError
 from kvplug.index.base import Index
 from kvplug.probe.base import Probe
+from kvplug.probe.union import UnionProbe
 from kvplug.segment.base import Segment
 from kvplug.select.base import Select
 from kvplug.select.top_pages import TopPages
@@ -44,23 +45,34 @@ class Stages:
 
     def __post_init__(self) -> None:
         """Checks that every stage finds what it needs."""
+        if (self.index is None) != (self.probe is None):
+            raise KvplugError("A recipe needs an index and a probe, or neither.")
         for stage in self.all():
             for feature, purpose in stage.needs.items():
-                if not any(feature in other.gives for other in self.all()):
+                if not self._gives(feature):
                     raise KvplugError(
-                        f"{stage.kind} {stage.name!r} needs {FEATURES[feature]} {purpose}, which "
-                        f"none of the recipe's other stages gives."
+                        f"{stage.kind.capitalize()} {stage.name!r} needs {FEATURES[feature]} "
+                        f"{purpose}, which none of the recipe's other stages gives."
                     )
-        if self.merge == "coarse" and not any("means" in stage.gives for stage in self.all()):
-            index = self.index.name if self.index else None
+        if self.segment and not any("events" in stage.needs for stage in self.all()):
             raise KvplugError(
-                f"Merge 'coarse' weighs pages by {FEATURES['means']}, which index {index!r} is "
-                f"not: choose an index such as 'chunk_mean', or merge 'exact'."
+                f"Segment {self.segment.name!r} is of no use: none of the recipe's other stages "
+                f"needs events."
+            )
+        if self.merge == "coarse" and not self._gives("means"):
+            index = f"index {self.index.name!r}" if self.index else "a recipe without an index"
+            raise KvplugError(
+                f"Merge 'coarse' needs {FEATURES['means']} to weigh pages by, which {index} does "
+                f"not give: choose index 'chunk_mean', or merge 'exact'."
             )
 
+    def _gives(self, feature: str) -> bool:
+        return any(feature in stage.gives for stage in self.all())
+
     def all(self) -> list[Stage]:
-        """The stages that there are."""
-        stages = (self.segment, self.index, self.probe, self.budget, self.select)
+        """The stages that there are, those that a union joins included."""
+        joined = self.probe.probes if isinstance(self.probe, UnionProbe) else ()
+        stages = (self.segment, self.index, self.probe, *joined, self.budget, self.select)
         return [stage for stage in stages if stage is not None]
 
     def hit_margin(self, local: int, window: int) -> int:
