@@ -6,7 +6,7 @@ many; a fixed budget is too much for the first and arbitrary for the second.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
@@ -21,7 +21,6 @@ from kvplug.numeric import float_bits
 from kvplug.select.radix import BINS, DIGITS
 
 if TYPE_CHECKING:
-    from kvplug.stage import Layer
     from kvplug.step import Step
     from kvplug.workspace import Workspace
 
@@ -55,22 +54,9 @@ class TopPBudget(Budget):
                 f"top_p budget needs 0.01 <= temperature <= 100, not {self.temperature}."
             )
 
-    def for_layer(self, layer: Layer) -> Budget:
-        """See :meth:`Budget.for_layer`."""
-        own = {field.name: getattr(self, field.name) for field in fields(self)}
-        return _Bound(**own, scale=layer.shape.scale)
-
     def pages(self, budget: int, page: int) -> int:
         """See :meth:`Budget.pages`."""
         return budget // page
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Bound(TopPBudget):
-    """The budget of one layer."""
-
-    scale: float
-    """Turns scores, which are dot products, into the layer's logits."""
 
     def count(
         self, scores: torch.Tensor, step: Step, counts: torch.Tensor, workspace: Workspace
@@ -82,7 +68,7 @@ class _Bound(TopPBudget):
         masses = workspace.take("budget.masses", tuple(scores.shape), torch.float32)
         _count_masses(
             scores.numel() * OPERATIONS, scores.numpy(), step.sparse_windows, windows.far_begin,
-            windows.far_end, np.float32(self.scale / self.temperature), self.p, masses.numpy(),
+            windows.far_end, np.float32(1 / self.temperature), self.p, masses.numpy(),
             counts.numpy(),
         )  # fmt: skip
 

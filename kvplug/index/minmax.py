@@ -1,7 +1,7 @@
 """Min/max index: per-page bounds of every key dimension (Quest, Tang et al. 2024, 2406.10774).
 
 The score of a page, ``sum_d max(q_d * min_d, q_d * max_d)``, is an upper bound of ``q . k`` over
-the page's keys. Bounds are kept as bfloat16, rounded outwards, so they stay bounds for any dtype.
+the page's keys; times the layer's scale, of its attention logits. Bounds are kept as bfloat16, rounded outwards, so they stay bounds for any dtype.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ OPERATIONS = 4
 
 @dataclass(frozen=True)
 class MinMax(Index):
-    """Scores are upper bounds of the probes' dot products with a page's keys."""
+    """Scores are upper bounds of the probes' logits with a page's keys."""
 
     name = "minmax"
     gives = frozenset({"logits"})
@@ -78,7 +78,7 @@ class MinMaxIndex(PageIndex):
             work, self._bounds_host,
             probes.vectors.numpy(), probes.counts.numpy(), step.sparse_windows,
             windows.request, windows.far_begin, windows.far_end, step.block_table_host,
-            scores.numpy(),
+            np.float32(self.shape.scale), scores.numpy(),
         )  # fmt: skip
 
 
@@ -138,9 +138,9 @@ def _bound(query, low, high, lanes):  # type: ignore[no-untyped-def]
 
 @compiled()
 def _score_bounds(  # type: ignore[no-untyped-def]
-    bounds, vectors, counts, rows, request, far_begin, far_end, block_table, scores
+    bounds, vectors, counts, rows, request, far_begin, far_end, block_table, scale, scores
 ):
-    """``scores[w, h, n] = max over probes of sum_d max(q_d min_d, q_d max_d)``."""
+    """``scores[w, h, n] = scale * max over probes of sum_d max(q_d min_d, q_d max_d)``."""
     num_kv_heads = bounds.shape[1]
     for task in prange(rows.shape[0] * num_kv_heads):
         w, head = task // num_kv_heads, task % num_kv_heads
@@ -152,16 +152,19 @@ def _score_bounds(  # type: ignore[no-untyped-def]
             best = np.float32(-np.inf)
             for r in range(counts[w]):
                 best = max(best, _bound(vectors[w, head, r], low, high, lanes))
-            scores[w, head, n] = best
+            scores[w, head, n] = scale * best
 
 
-def minmax_scores_reference(keys: torch.Tensor, probes: torch.Tensor, page: int) -> torch.Tensor:
+def minmax_scores_reference(
+    keys: torch.Tensor, probes: torch.Tensor, page: int, scale: float = 1.0
+) -> torch.Tensor:
     """Twin of :meth:`MinMaxIndex.score` in plain torch, for one window over whole pages.
 
     Args:
         keys: ``[N * P, Hk, D]`` keys of the far pages in logical order.
         probes: ``[Hk, R, D]``.
         page: P.
+        scale: Of the layer's logits.
 
     Returns:
         ``[Hk, N]`` float32.
@@ -170,4 +173,4 @@ def minmax_scores_reference(keys: torch.Tensor, probes: torch.Tensor, page: int)
     low, high = paged.amin(1), paged.amax(1)  # [N, Hk, D]
     low, high = low.transpose(0, 1)[:, None], high.transpose(0, 1)[:, None]  # [Hk, 1, N, D]
     probes = probes.float()[:, :, None]  # [Hk, R, 1, D]
-    return torch.maximum(probes * low, probes * high).sum(-1).amax(1)
+    return scale * torch.maximum(probes * low, probes * high).sum(-1).amax(1)

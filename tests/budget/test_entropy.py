@@ -289,5 +289,5 @@ def test_one_page_of_a_block_is_touched() -> None:
 @pytest.mark.parametrize("temperature", [0.0, -1.0, 1e3, float("nan")])
 def test_bad_temperatures_are_refused(temperature: float) -> None:
     budget = {"name": "entropy", "temperature": temperature}
-    with pytest.raises(KvplugError, match=r"0\.01 <= temperature <= 100, not "):
+    with pytest.raises(KvplugError, match=r"temperature.* not "):
         check({"policy": "quest", "options": {"budget": budget}})

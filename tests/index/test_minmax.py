@@ -16,8 +16,11 @@ PAGE, DIM, HEADS = 4, 6, 2
 BF16 = torch.finfo(torch.bfloat16)
 
 
-def index_of(pages: int = 12, page: int = PAGE, dim: int = DIM, heads: int = HEADS) -> MinMaxIndex:
-    return MinMaxIndex(layer_of(num_pages=pages, num_kv_heads=heads, page=page, head_dim=dim))
+def index_of(
+    pages: int = 12, page: int = PAGE, dim: int = DIM, heads: int = HEADS, scale: float = 1.0
+) -> MinMaxIndex:
+    shape = {"num_pages": pages, "num_kv_heads": heads, "page": page, "head_dim": dim}
+    return MinMaxIndex(layer_of(**shape, scale=scale))
 
 
 def scores_of(index: MinMaxIndex, probes: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
@@ -44,6 +47,18 @@ def test_twin(pages: int, page: int, dim: int, probes: int) -> None:
     index.write(keys, (table[0].long()[:, None] * page + torch.arange(page)).flatten())
     found = scores_of(index, vectors, table)
     assert torch.equal(found, minmax_scores_reference(keys, vectors, page))
+
+
+@pytest.mark.parametrize("scale", [0.25, 2.0])
+def test_scores_are_on_the_scale_of_logits(scale: float) -> None:
+    """Of one key a page, they are its logits."""
+    index = index_of(page=1, scale=scale)
+    keys = torch.randint(-9, 10, (12, HEADS, DIM)).float()
+    vectors = torch.randint(-9, 10, (HEADS, 1, DIM)).float()
+    index.write(keys, torch.arange(12))
+    found = scores_of(index, vectors, every_page(12))
+    assert torch.equal(found, scale * torch.einsum("hrd,nhd->hn", vectors, keys))
+    assert torch.equal(found, minmax_scores_reference(keys, vectors, 1, scale))
 
 
 def test_twin_on_bfloat16_keys() -> None:
