@@ -23,6 +23,8 @@ class PolicyCase(NamedTuple):
     region."""
     finds_a_key: bool = True
     """Whether one outstanding key is enough for its page to be found."""
+    one_list: bool = False
+    """Whether all KV heads select the same pages."""
 
     @property
     def id(self) -> str:
@@ -37,6 +39,8 @@ POLICY_CASES = [
     PolicyCase("simhash", {}),
     PolicyCase("simhash", {"last": 1, "active": 0}),
     PolicyCase("simhash", {"last": 3, "active": 7}),
+    PolicyCase("infllm", {}, indexes_on_write=False, finds_a_key=False, one_list=True),
+    PolicyCase("infllm", {"heads": "each"}, indexes_on_write=False, finds_a_key=False),
     PolicyCase("hcam", {}, indexes_on_write=False),
     PolicyCase("hcam", {"pages": 3, "spread": 1.0}, indexes_on_write=False),
 ]

@@ -13,7 +13,6 @@ queries of its local region give it, and picks a block's representative keys by 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -23,13 +22,11 @@ from kvplug.compiled import compiled
 from kvplug.index.local_softmax import BIG, LANES, TILE, exponentials, page_logits
 from kvplug.stage import Layer, Memory, Passage
 
-if TYPE_CHECKING:
-    from kvplug.step import Step
-    from kvplug.workspace import Workspace
-
 EVERY = 32
 """Queries per sampled one. A whole window always ends in a sampled query: where the window is not
 a multiple of this, their greatest common divisor takes its place."""
+MOST_PAGES = 256
+"""Pages whose keys are read at once; a chunk of 4,096 tokens has 144 of 32 tokens."""
 LOG2_E = math.log2(math.e)
 
 
@@ -55,6 +52,7 @@ class LocalMass(Memory):
         """``[pages, Hk, P]`` float32: probabilities added over sampled queries and query heads."""
         self.seen = torch.zeros((shape.num_pages, shape.num_kv_heads), dtype=torch.int32)
         """``[pages, Hk]``: absolute position of the first query that has not contributed yet."""
+        self._place = np.full(shape.num_pages, -1, np.int32)
         self._mass_host, self._seen_host = self.mass.numpy(), self.seen.numpy()
 
     @property
@@ -68,42 +66,47 @@ class LocalMass(Memory):
 
     def watch(self, passage: Passage) -> None:
         """Adds what the step's sampled queries give to the keys of their local regions."""
-        step, workspace, shape = passage.step, passage.workspace, self.shape
-        stream = step.stream
-        first_row = workspace.take("local_mass.first_row", (len(stream),), torch.int32).numpy()
-        pages = _count_local_pages(
-            stream.request, stream.num_tokens, stream.context_end, stream.far_end,
-            self.every, shape.page, first_row,
-        )  # fmt: skip
-        if pages == 0:
+        stream = passage.step.stream
+        order = np.empty(len(stream), np.int64)
+        count = _find_sampled(stream.num_tokens, stream.context_end, self.every, order)
+        if count == 0:
             return
         # Requests that share a page must contribute in the order of their positions.
-        sampled = np.flatnonzero(first_row >= 0)
-        first = stream.context_end[sampled] - stream.num_tokens[sampled]
-        order = sampled[np.argsort(first, kind="stable")]
-        keys = self._read(step, order, first_row, pages, workspace)
-        counted = int(stream.num_tokens[order].sum()) // self.every + len(order)
-        local_keys = pages * shape.page // len(order) + 1
+        order = order[:count]
+        first = stream.context_end[order] - stream.num_tokens[order]
+        order = order[np.argsort(first, kind="stable")]
+        while len(order):
+            order = order[self._add(passage, order) :]
+
+    def _add(self, passage: Passage, order: np.ndarray) -> int:
+        """Adds what windows give, in ``order``, as far as their pages can be read at once.
+
+        Returns:
+            How many of them.
+        """
+        step, workspace, shape = passage.step, passage.workspace, self.shape
+        stream, heads = step.stream, shape.num_kv_heads
+        listed = workspace.take("local_mass.listed", (shape.num_pages,), torch.int32).numpy()
+        windows, pages = _list_pages(
+            order, stream.request, stream.context_end, stream.far_end, step.block_table_host,
+            shape.page, self._place, listed,
+        )  # fmt: skip
+        listed = listed[:pages]
+        rows = workspace.take("local_mass.rows", (heads, pages), torch.int64)
+        rows.numpy()[:] = np.arange(heads)[:, None]
+        rows.numpy()[:] += listed * np.int64(heads)
+        keys = self._reader.read(rows.view(-1), workspace)
+        most = int(stream.num_tokens[order[:windows]].sum()) // self.every + windows
         _add_mass(
-            counted * shape.num_heads * shape.head_dim * local_keys // LANES,
-            passage.queries.numpy(), keys, order, first_row,
-            stream.request, stream.token_start, stream.num_tokens, stream.context_end,
-            stream.far_end, step.block_table_host,
+            most * shape.num_heads * shape.head_dim * (pages * shape.page // windows + 1) // LANES,
+            passage.queries.numpy(),
+            keys.view(heads, pages, shape.head_dim, shape.page).numpy(),
+            order[:windows], self._place, stream.request, stream.token_start, stream.num_tokens,
+            stream.context_end, stream.far_end, step.block_table_host,
             self.every, np.float32(shape.scale * LOG2_E), self._mass_host, self._seen_host,
         )  # fmt: skip
-
-    def _read(
-        self, step: Step, order: np.ndarray, first_row: np.ndarray, pages: int, workspace: Workspace
-    ) -> np.ndarray:
-        """``[Hk, pages, D, P]`` float32 keys of the step's local pages."""
-        shape, stream = self.shape, step.stream
-        rows = workspace.take("local_mass.rows", (shape.num_kv_heads, pages), torch.int64)
-        _list_rows(
-            order, first_row, stream.request, stream.context_end, stream.far_end,
-            step.block_table_host, shape.page, rows.numpy(),
-        )  # fmt: skip
-        keys = self._reader.read(rows.view(-1), workspace)
-        return keys.view(shape.num_kv_heads, pages, shape.head_dim, shape.page).numpy()
+        self._place[listed] = -1
+        return windows
 
 
 @njit(cache=True)
@@ -121,46 +124,53 @@ def _forget(slots, mass, seen):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True)
-def _count_local_pages(  # type: ignore[no-untyped-def]
-    request, num_tokens, context_end, far_end, every, page, first_row
-):
-    """Pages to read: the local regions of windows with sampled queries, once per request.
-
-    ``first_row[s]`` becomes the place of window ``s``'s first local page among them, or -1.
-    """
-    pages = 0
-    run_request, run_first, run_row, run_end = -1, 0, 0, 0
-    for s in range(request.shape[0]):
-        first_row[s] = -1
-        if context_end[s] // every == (context_end[s] - num_tokens[s]) // every:
-            continue
-        if request[s] != run_request:
-            run_request, run_first, run_row, run_end = request[s], far_end[s], pages, far_end[s]
-        first_row[s] = run_row + far_end[s] - run_first
-        last = (context_end[s] + page - 1) // page
-        pages += max(last - run_end, 0)
-        run_end = max(last, run_end)
-    return pages
+def _find_sampled(num_tokens, context_end, every, found):  # type: ignore[no-untyped-def]
+    """Lists the windows with a query at the end of a run of ``every``; returns how many."""
+    count = 0
+    for s in range(num_tokens.shape[0]):
+        if context_end[s] // every > (context_end[s] - num_tokens[s]) // every:
+            found[count] = s
+            count += 1
+    return count
 
 
 @njit(cache=True)
-def _list_rows(  # type: ignore[no-untyped-def]
-    order, first_row, request, context_end, far_end, block_table, page, rows
+def _list_pages(  # type: ignore[no-untyped-def]
+    order, request, context_end, far_end, block_table, page, place, listed
 ):
-    """``rows[head, row] = physical page * Hk + head``; rows of no window get page 0."""
-    num_kv_heads = rows.shape[0]
-    rows[:] = 0
-    for s in order:
+    """Lists the local pages of windows, each once, until there are MOST_PAGES.
+
+    Args:
+        order: ``[W]`` windows.
+        request: With the next three, of the stream.
+        context_end: See there.
+        far_end: See there.
+        block_table: ``[B, max_pages]``.
+        page: P.
+        place: ``[pages]``, -1: becomes the place of a page in the list.
+        listed: Becomes the list.
+
+    Returns:
+        Windows whose pages are listed, at least one, and pages.
+    """
+    count = 0
+    for w in range(order.shape[0]):
+        s = order[w]
         last = (context_end[s] + page - 1) // page
+        if w > 0 and count + last - far_end[s] > MOST_PAGES:
+            return w, count
         for n in range(far_end[s], last):
-            physical = np.int64(block_table[request[s], n])
-            for head in range(num_kv_heads):
-                rows[head, first_row[s] + n - far_end[s]] = physical * num_kv_heads + head
+            physical = block_table[request[s], n]
+            if place[physical] < 0:
+                place[physical] = count
+                listed[count] = physical
+                count += 1
+    return order.shape[0], count
 
 
 @compiled(fastmath={"contract"})
 def _add_mass(  # type: ignore[no-untyped-def]
-    queries, keys, order, first_row, request, token_start, num_tokens, context_end, far_end,
+    queries, keys, order, place, request, token_start, num_tokens, context_end, far_end,
     block_table, every, scale, mass, seen,
 ):  # fmt: skip
     """Adds the probabilities of all windows, in order; heads are apart."""
@@ -187,7 +197,7 @@ def _add_mass(  # type: ignore[no-untyped-def]
                     visible[count] = max(position + 1 - start, 0)
                     count += 1
             pages = block_table[request[s], far_end[s] : (context_end[s] + page - 1) // page]
-            page_logits(rows[:count], visible[:count], keys[head, first_row[s] :], logits)
+            page_logits(rows[:count], visible[:count], keys[head], place[pages], logits)
             _add_window(
                 logits, visible[:count], pages, head, first, context_end[s], mass, seen
             )  # fmt: skip

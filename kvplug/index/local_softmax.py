@@ -25,13 +25,14 @@ ROUNDER = np.float32(1.5 * 2**23)
 
 
 @njit(cache=True, fastmath={"contract"})
-def page_logits(rows, visible, keys, logits):  # type: ignore[no-untyped-def]
+def page_logits(rows, visible, keys, places, logits):  # type: ignore[no-untyped-def]
     """``logits[r, j] = rows[r] . key j`` for every row's visible keys, and a few more.
 
     Args:
         rows: ``[R, D]``.
         visible: ``[R]`` keys that each row sees, ascending.
         keys: ``[pages, D, P]``.
+        places: Where in ``keys`` the pages of the context lie, in order.
         logits: ``[R, at least as many as keys and a tile more]``.
 
     Four rows share every load of the keys and four dimensions every load of the sums; keys are
@@ -44,7 +45,7 @@ def page_logits(rows, visible, keys, logits):  # type: ignore[no-untyped-def]
     s0, s1, s2, s3 = sums[0], sums[1], sums[2], sums[3]
     last = count - 1
     for first in range(0, visible[last], TILE):
-        _fill_tile(keys, first, visible[last], tile)
+        _fill_tile(keys, places, first, visible[last], tile)
         for r in range(0, count, 4):
             if visible[min(r + 3, last)] <= first:
                 continue
@@ -70,12 +71,13 @@ def page_logits(rows, visible, keys, logits):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True)
-def _fill_tile(keys, first, stop, tile):  # type: ignore[no-untyped-def]
-    """``tile[:, t] = key first + t`` of ``keys [pages, D, P]``, as far as there are any."""
+def _fill_tile(keys, places, first, stop, tile):  # type: ignore[no-untyped-def]
+    """``tile[:, t] = key first + t`` of the context, up to key ``stop``."""
     dim, page = keys.shape[1:]
     run = LANES if page % LANES == 0 else 1
     for column in range(0, min(TILE, stop - first), run):
-        source, offset = keys[(first + column) // page], (first + column) % page
+        offset = (first + column) % page
+        source = keys[places[(first + column) // page]]
         if run == 1:
             for d in range(dim):
                 tile[d, column] = source[d, offset]

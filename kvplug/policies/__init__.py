@@ -12,6 +12,7 @@ from kvplug.policies.base import Policy, Stages
 from kvplug.policies.dense import Dense
 from kvplug.policies.hcam import Hcam
 from kvplug.policies.packages import find_recipe
+from kvplug.policies.infllm import InfLlm
 from kvplug.policies.quest import Quest
 from kvplug.policies.simhash import SimHash
 from kvplug.policies.stages import (
@@ -29,6 +30,7 @@ POLICIES.register("dense")(Dense)
 POLICIES.register("streaming")(Streaming)
 POLICIES.register("quest")(Quest)
 POLICIES.register("hcam")(Hcam)
+POLICIES.register("infllm")(InfLlm)
 POLICIES.register("simhash")(SimHash)
 
 
