@@ -139,6 +139,22 @@ def _check_stages(stages: Stages, vllm_config: Any) -> None:
             f"{parallel.pipeline_parallel_size} pipeline stages has: use "
             f"--pipeline-parallel-size 1 or another policy."
         )
+    if stages.segment and stages.segment.needs_logits:
+        refusals = {
+            "vLLM's V2 model runner": getattr(vllm_config, "use_v2_model_runner", False),
+            "LoRA adapters": vllm_config.lora_config is not None,
+        }
+        for what, present in refusals.items():
+            if present:
+                raise KvplugError(
+                    f"Segment {stages.segment.name!r} needs the model's logits of every prompt "
+                    f"token, which kvplug does not get with {what}: choose another policy."
+                )
+    if stages.segment and stages.segment.needs_every_head and parallel.tensor_parallel_size > 1:
+        raise KvplugError(
+            f"Segment {stages.segment.name!r} refines events by the keys of all KV heads, which no "
+            f"tensor-parallel worker has: use --tensor-parallel-size 1 or refine none."
+        )
     margin = stages.hit_margin(1, 1)
     if margin and vllm_config.speculative_config is not None:
         raise KvplugError(

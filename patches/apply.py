@@ -27,10 +27,12 @@ def all_patches() -> list[Patch]:
         cpu_backend,
         finished_hits,
         kernel_rebinding,
+        model_output,
     )
 
     files = (
         checked_config, cpu_backend, kernel_rebinding, aligned_chunks, finished_hits, bound_cache,
+        model_output,
     )  # fmt: skip
     return [patch for file in files for patch in file.PATCHES]
 

@@ -4,5 +4,7 @@ from __future__ import annotations
 
 from kvplug.registry import Registry, registry_of
 from kvplug.segment.base import Segment
+from kvplug.segment.surprise import Surprise
+from kvplug.segment.uniform import Uniform
 
-SEGMENTS: Registry[type[Segment]] = registry_of("segment")
+SEGMENTS: Registry[type[Segment]] = registry_of("segment", Uniform, Surprise)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from kvplug.registry import Registry, registry_of
 from kvplug.select.base import Select
+from kvplug.select.events import Events
 from kvplug.select.top_pages import TopPages
 
-SELECTS: Registry[type[Select]] = registry_of("select", TopPages)
+SELECTS: Registry[type[Select]] = registry_of("select", TopPages, Events)
