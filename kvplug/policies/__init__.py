@@ -10,6 +10,7 @@ from kvplug.errors import KvplugError
 from kvplug.fields import build, option_names
 from kvplug.policies.base import Policy, Stages
 from kvplug.policies.dense import Dense
+from kvplug.policies.emllm import EmLlm
 from kvplug.policies.hcam import Hcam
 from kvplug.policies.packages import find_recipe
 from kvplug.policies.infllm import InfLlm
@@ -32,6 +33,7 @@ POLICIES.register("quest")(Quest)
 POLICIES.register("hcam")(Hcam)
 POLICIES.register("infllm")(InfLlm)
 POLICIES.register("simhash")(SimHash)
+POLICIES.register("emllm")(EmLlm)
 
 
 def check(raw: Mapping[str, Any]) -> KvplugConfig:
