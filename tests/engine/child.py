@@ -88,10 +88,9 @@ def main() -> None:
                 for o in outputs
             ]
         )
-    backend = {
-        type(layer.impl).__name__
-        for layer in llm.llm_engine.vllm_config.compilation_config.static_forward_context.values()
-    }
+    context = llm.llm_engine.vllm_config.compilation_config.static_forward_context
+    backend = {type(layer.impl).__name__ for layer in context.values()}
+    coarse = [getattr(layer.impl, "coarse", None) is not None for layer in context.values()]
     print(
         json.dumps(
             {
@@ -99,6 +98,7 @@ def main() -> None:
                 "preempted": len(preempted),
                 "selections": recorder.selections,
                 "impls": sorted(backend),
+                "coarse": all(coarse),
             }
         )
     )
