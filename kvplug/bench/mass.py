@@ -8,6 +8,8 @@ what the best choice would have.
 
 from __future__ import annotations
 
+import statistics
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -30,6 +32,11 @@ class Mass(NamedTuple):
     """On the pages that were attended."""
     best: float
     """On sinks, local pages and the best far pages, as many per KV head as were attended."""
+
+    @classmethod
+    def mean(cls, many: Iterable[Mass]) -> Mass:
+        """The mean of each."""
+        return cls(*(statistics.fmean(values) for values in zip(*many, strict=True)))
 
 
 class MassMeter:
