@@ -39,8 +39,10 @@ POLICY_CASES = [
     PolicyCase("simhash", {}),
     PolicyCase("simhash", {"last": 1, "active": 0}),
     PolicyCase("simhash", {"last": 3, "active": 7}),
-    PolicyCase("emllm", {"max_tokens": 32}),
-    PolicyCase("emllm", {"max_tokens": 32, "refine": "modularity", "contiguity": 0.0}),
+    PolicyCase(
+        "emllm", {"max_tokens": 32}, indexes_on_write=False, finds_a_key=False, one_list=True
+    ),
+    PolicyCase("emllm", {"refine": "modularity", "contiguity": 0.0, "index": "minmax"}),
     PolicyCase("infllm", {}, indexes_on_write=False, finds_a_key=False, one_list=True),
     PolicyCase("infllm", {"heads": "each"}, indexes_on_write=False, finds_a_key=False),
     PolicyCase("hcam", {}, indexes_on_write=False),

@@ -1,16 +1,17 @@
 """EM-LLM: events by surprise, whole and with their neighbours (Fountas et al. 2025, 2407.09450).
 
-Deviations: see :mod:`kvplug.segment.surprise` and :mod:`kvplug.select.events`. Keys keep their
-positions, where the paper puts every retrieved event at one distance; so nothing is extrapolated
-past the trained context. The authors' defaults leave contiguity out; here it is on, at the share
-that the paper gives for it.
+Deviations: those of :mod:`kvplug.segment.surprise`, :mod:`kvplug.select.events` and
+:mod:`kvplug.index.local_mass`. Representative keys belong to pages, and an event is known by its
+best page. Keys keep their positions, where the paper puts every retrieved event at one distance, so
+nothing is extrapolated past the trained context. The authors' configurations leave contiguity out;
+here it is on, with the share that they give it where they use it.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kvplug.index.minmax import MinMax
+from kvplug.index.representative import Representative
 from kvplug.policies.base import Policy, Stages
 from kvplug.probe.mean import MeanProbe
 from kvplug.segment.surprise import Surprise
@@ -31,6 +32,8 @@ class EmLlm(Policy):
     """What moves boundaries: ``none``, ``modularity`` or ``conductance``."""
     contiguity: float = 0.3
     """Share of the budget for the neighbours of retrieved events."""
+    top: int = 4
+    """Keys that represent a page, per KV head."""
 
     def __post_init__(self) -> None:
         """Refuses what the stages refuse."""
@@ -45,7 +48,7 @@ class EmLlm(Policy):
             refine=self.refine,
         )
         return Stages(
-            index=MinMax(),
+            index=Representative(top=self.top, heads="all"),
             probe=MeanProbe(),
             select=Events(contiguity=self.contiguity),
             segment=segment,
