@@ -25,8 +25,15 @@ Made = tuple[PageGeometry, list[Piece], int, Step, PageTable, torch.Tensor]
 
 @st.composite
 def tables(draw: st.DrawFn) -> Made:
-    """A step's page table with random pages selected, in memory full of garbage."""
+    """A step's page table with random pages selected, in memory full of garbage.
+
+    Where budgets vary, layers before this one have left their rows, some longer and some shorter.
+    """
     geometry, batch = draw(steps())
+    varies = geometry.budget_pages > 0 and draw(st.booleans())
+    if varies:
+        more = draw(st.integers(0, geometry.budget_pages))
+        geometry = geometry._replace(most_pages=geometry.budget_pages + more)
     heads = draw(st.integers(1, 3))
     random = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     widths = [-(-piece.stop // geometry.page) for piece in batch]
@@ -40,12 +47,17 @@ def tables(draw: st.DrawFn) -> Made:
     workspace.take("table.pages", (4096, 60), torch.int32).fill_(-77)
     table = PageTable(step, geometry, heads, workspace)
     selected = torch.full((len(rows), heads, step.max_selected), -1, dtype=torch.int32)
-    for w, s in enumerate(rows):
-        far = np.arange(windows.far_begin[s], windows.far_end[s])
-        for head in range(heads):
-            chosen = random.choice(far, windows.num_selected[s], replace=False)
-            selected[w, head] = torch.from_numpy(np.sort(chosen))
-    table.write_selected(selected, counts_of(step, heads), False)
+    for _ in range(1 + 2 * varies):
+        selected.fill_(-1)
+        counts = counts_of(step, heads)
+        for w, s in enumerate(rows):
+            far = np.arange(windows.far_begin[s], windows.far_end[s])
+            for head in range(heads):
+                if varies:
+                    counts[w, head] = random.integers(1, min(len(far), geometry.most_pages) + 1)
+                chosen = random.choice(far, int(counts[w, head]), replace=False)
+                selected[w, head, : len(chosen)] = torch.from_numpy(np.sort(chosen))
+        table.write_selected(selected, counts, varies)
     return geometry, batch, heads, step, table, selected
 
 
@@ -58,7 +70,7 @@ def expected_pages(windows: Windows, s: int, page: int, chosen: list[int]) -> li
 
 
 @given(tables())
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=160, deadline=None)
 def test_rows(made: Made) -> None:
     geometry, _, heads, step, table, selected = made
     windows = step.windows
@@ -68,6 +80,7 @@ def test_rows(made: Made) -> None:
         pages = step.block_table_host[windows.request[s]]
         for head in range(heads):
             chosen = selected[sparse.index(s), head].tolist() if s in sparse else []
+            chosen = [page for page in chosen if page >= 0]
             logical = expected_pages(windows, s, geometry.page, chosen)
             row = s * heads + head
             found = table.table[row, : len(logical)].tolist()
@@ -110,7 +123,7 @@ def test_query_order(made: Made) -> None:
 def test_decoding_needs_no_reordering(heads: int) -> None:
     geometry = PageGeometry(4, 8, 1, 4, 2, 0, 2)
     batch = [Piece(row, 50 + row, 1, False) for row in range(3)]
-    step = Step(cut(geometry, batch), torch.zeros((3, 20), dtype=torch.int32))
+    step = Step(cut(geometry, batch), torch.zeros((3, 20), dtype=torch.int32), 2)
     assert head_major_order(step, heads) is None
 
 
