@@ -45,6 +45,10 @@ POLICY_CASES = [
     PolicyCase("emllm", {"refine": "modularity", "contiguity": 0.0, "index": "minmax"}),
     PolicyCase("infllm", {}, indexes_on_write=False, finds_a_key=False, one_list=True),
     PolicyCase("infllm", {"heads": "each"}, indexes_on_write=False, finds_a_key=False),
+    PolicyCase("hax", {}, indexes_on_write=False, finds_a_key=False),
+    PolicyCase(
+        "hax", {"bits": 8, "rounds": 3, "split": 0.8}, indexes_on_write=False, finds_a_key=False
+    ),
     PolicyCase("hcam", {}, indexes_on_write=False),
     PolicyCase("hcam", {"pages": 3, "spread": 1.0}, indexes_on_write=False),
 ]

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from kvplug.index.base import Index
+from kvplug.index.buckets import Buckets
 from kvplug.index.chunk_mean import ChunkMean
 from kvplug.index.minmax import MinMax
 from kvplug.index.representative import Representative
 from kvplug.index.simhash import SimHash
 from kvplug.registry import Registry, registry_of
 
-INDEXES: Registry[type[Index]] = registry_of("index", ChunkMean, MinMax, Representative, SimHash)
+INDEXES: Registry[type[Index]] = registry_of(
+    "index", Buckets, ChunkMean, MinMax, Representative, SimHash
+)

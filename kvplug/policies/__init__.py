@@ -11,6 +11,7 @@ from kvplug.fields import build, option_names
 from kvplug.policies.base import Policy, Stages
 from kvplug.policies.dense import Dense
 from kvplug.policies.emllm import EmLlm
+from kvplug.policies.hax import Hax
 from kvplug.policies.hcam import Hcam
 from kvplug.policies.packages import find_recipe
 from kvplug.policies.infllm import InfLlm
@@ -31,6 +32,7 @@ POLICIES.register("dense")(Dense)
 POLICIES.register("streaming")(Streaming)
 POLICIES.register("quest")(Quest)
 POLICIES.register("hcam")(Hcam)
+POLICIES.register("hax")(Hax)
 POLICIES.register("infllm")(InfLlm)
 POLICIES.register("simhash")(SimHash)
 POLICIES.register("emllm")(EmLlm)

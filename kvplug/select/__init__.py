@@ -6,5 +6,6 @@ from kvplug.registry import Registry, registry_of
 from kvplug.select.base import Select
 from kvplug.select.events import Events
 from kvplug.select.top_pages import TopPages
+from kvplug.select.union import Union
 
-SELECTS: Registry[type[Select]] = registry_of("select", TopPages, Events)
+SELECTS: Registry[type[Select]] = registry_of("select", TopPages, Events, Union)

@@ -11,7 +11,7 @@ from numba import prange
 
 from kvplug.compiled import compiled
 from kvplug.select.base import Select
-from kvplug.select.radix import BINS, PASSES, take_best
+from kvplug.select.bisection import PASSES, put_in_order, take_best
 
 if TYPE_CHECKING:
     from kvplug.step import Step
@@ -29,7 +29,7 @@ class TopPages(Select):
         """See :meth:`Select.select`."""
         windows = step.windows
         _top_pages(
-            scores.numel() * PASSES, scores.numpy(),
+            scores.numel() * PASSES, scores.numpy().view(np.uint32),
             step.sparse_windows, windows.far_begin, windows.far_end,
             counts.numpy(), selected.numpy(),
         )  # fmt: skip
@@ -39,15 +39,15 @@ class TopPages(Select):
 def _top_pages(  # type: ignore[no-untyped-def]
     scores, rows, far_begin, far_end, counts, selected
 ):
-    """Writes ``selected`` as :meth:`Select.select` says."""
+    """Writes ``selected`` as :meth:`Select.select` says; ``scores`` are the bits of floats."""
     num_kv_heads = scores.shape[1]
     for task in prange(rows.shape[0] * num_kv_heads):
         w, head = task // num_kv_heads, task % num_kv_heads
         row = rows[w]
         begin = far_begin[row]
         mine = scores[w, head, : far_end[row] - begin]
-        histogram = np.empty(BINS, dtype=np.int32)
-        take_best(mine, counts[w, head], begin, histogram, selected[w, head])
+        put_in_order(mine)
+        take_best(mine, counts[w, head], begin, selected[w, head])
 
 
 def top_pages_reference(scores: torch.Tensor, wanted: int, far_begin: int) -> torch.Tensor:

@@ -88,7 +88,7 @@ def test_windows_apart() -> None:
         scores[w, :, count:] = INF  # no page is there
     selected = torch.full((3, 2, 6), -9, dtype=torch.int32)
     step = step_of(far)
-    TopPages().select(scores, step, counts_of(step, 2), selected)
+    TopPages().select(scores.clone(), step, counts_of(step, 2), selected)
     for w, window in enumerate((far[0], far[2], far[3])):
         mine = scores[w, :, : window.end - window.begin]
         expected = top_pages_reference(mine, window.selected, window.begin)
