@@ -121,6 +121,7 @@ class Pipeline:
         Raises:
             KvplugError: It does not fit the page; the old one then stays.
         """
+        # `pending` keeps its region sizes: tokens wait below `dense_below`, whatever the budget.
         config = KvplugConfig.parse({**self.config.model_dump(), "budget": tokens})
         self.geometry = region_sizes(config, self.geometry.page)
         self.config = config

@@ -55,13 +55,14 @@ class Recipe(NamedTuple):
 
 
 CONFIGURATIONS: tuple[Recipe, ...] = ()
-"""Configurations besides the defaults, in the table's order."""
+"""Configurations besides the defaults."""
 
 
 def all_recipes() -> dict[str, Recipe]:
-    """Every row of the default table, by label: registered recipes, then configurations."""
-    plain = [Recipe(name, {"policy": name}) for name in POLICIES if name != STOCK]
-    return {recipe.label: recipe for recipe in (*plain, *CONFIGURATIONS)}
+    """Every row of the default table, by label: each recipe, and its configurations behind it."""
+    rows = {name: Recipe(name, {"policy": name}) for name in POLICIES if name != STOCK}
+    rows |= {recipe.label: recipe for recipe in CONFIGURATIONS}
+    return dict(sorted(rows.items(), key=lambda row: row[1].policy))
 
 
 def parse_recipe(text: str) -> Recipe:
