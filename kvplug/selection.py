@@ -12,8 +12,6 @@ from kvplug.errors import KvplugError
 
 BACKEND_PATH = "kvplug.attention.backend.KvplugBackend"
 OPTIONS_KEY = "kvplug"
-PAGE_KEY = "kvplug.page"
-"""Where :mod:`kvplug.startup` notes the page size, for processes that get a copy of the config."""
 DEFAULT_PAGE = 32
 
 
@@ -55,8 +53,3 @@ def options_of(vllm_config: Any) -> KvplugConfig:
         KvplugError: See :meth:`KvplugConfig.parse`.
     """
     return KvplugConfig.parse(additional_config(vllm_config).get(OPTIONS_KEY, {}))
-
-
-def page_of(vllm_config: Any) -> int:
-    """Tokens per page of an engine that :mod:`kvplug.startup` has adopted."""
-    return int(additional_config(vllm_config).get(PAGE_KEY, DEFAULT_PAGE))

@@ -14,11 +14,8 @@ from typing import TYPE_CHECKING, Any
 from kvplug.errors import KvplugError
 from kvplug.selection import (
     DEFAULT_PAGE,
-    PAGE_KEY,
-    additional_config,
     is_selected,
     options_of,
-    page_of,
 )
 
 if TYPE_CHECKING:
@@ -28,7 +25,7 @@ logger = logging.getLogger("vllm.kvplug")
 
 
 def adopt(vllm_config: Any) -> None:
-    """Checks an engine's config and sets its block size to one window; does so once.
+    """Checks an engine's config and makes one page its block size.
 
     Args:
         vllm_config: vLLM's ``VllmConfig``, complete but for this.
@@ -44,19 +41,17 @@ def adopt(vllm_config: Any) -> None:
     stages = make_stages(config.policy, config.options)
     _check_model(vllm_config.model_config)
     cache = vllm_config.cache_config
-    extra = additional_config(vllm_config)
-    if PAGE_KEY not in extra:
-        extra[PAGE_KEY] = cache.block_size if cache.user_specified_block_size else DEFAULT_PAGE
-    if extra[PAGE_KEY] % DEFAULT_PAGE:
+    page = cache.block_size if cache.user_specified_block_size else DEFAULT_PAGE
+    if page % DEFAULT_PAGE:
         raise KvplugError(
-            f"--block-size {extra[PAGE_KEY]} is kvplug's page size and must be a multiple of "
-            f"{DEFAULT_PAGE}, which vLLM's CPU kernel needs."
+            f"--block-size {page} is kvplug's page size and must be a multiple of {DEFAULT_PAGE}, "
+            f"which vLLM's CPU kernel needs."
         )
-    config.check_page(extra[PAGE_KEY])
+    config.check_page(page)
     _check_combination(vllm_config, config.window)
     _check_stages(stages, vllm_config)
     config.resolve_dense_layers(vllm_config.model_config.get_total_num_hidden_layers())
-    cache.block_size = config.window
+    cache.block_size = page
 
 
 def _check_model(model: Any) -> None:
@@ -120,6 +115,11 @@ def _check_combination(vllm_config: Any, window: int) -> None:
             scheduler.max_num_seqs,
             scheduler.max_num_batched_tokens - window + 1,
             window,
+        )
+    if vllm_config.kv_transfer_config is not None:
+        raise KvplugError(
+            "kvplug does not serve with --kv-transfer-config: pages that a connector brings in "
+            "pass by its index, and retrieval would miss them."
         )
     contexts = (parallel.decode_context_parallel_size, parallel.prefill_context_parallel_size)
     if max(contexts) > 1:
@@ -284,6 +284,7 @@ def _report(vllm_config: Any, layers: dict[str, Any]) -> None:
         "kvplug is live: policy %s, budget %d, sink %d, local %d, window %d, page %d; %d of %d "
         "layers retrieve; index %.1f MiB, %s %.1f MiB of KV.",
         config.policy, config.budget, config.sink, config.local, config.window,
-        page_of(vllm_config), sum(layer.impl.cache is not None for layer in layers.values()),
+        vllm_config.cache_config.block_size,
+        sum(layer.impl.cache is not None for layer in layers.values()),
         len(layers), index_bytes / 2**20, share, kv_bytes / 2**20,
     )  # fmt: skip

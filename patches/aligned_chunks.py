@@ -11,7 +11,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from kvplug.patches.finished_hits import MARGIN
+from kvplug.patches import whole_hits
 from kvplug.patches.record import Patch
 from kvplug.selection import is_selected, options_of
 
@@ -60,7 +60,8 @@ def _wrap_init(original: Callable[..., Any]) -> Callable[..., Any]:
             setattr(self, WINDOW, config.window)
             setattr(self, LIMIT, limit)
             margin = stages.hit_margin(config.local, config.window)
-            setattr(self.kv_cache_manager, MARGIN, margin)
+            setattr(self.kv_cache_manager, whole_hits.WINDOW, config.window)
+            setattr(self.kv_cache_manager, whole_hits.MARGIN, margin)
             self.need_mamba_block_aligned_split = True
 
     return __init__

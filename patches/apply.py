@@ -25,13 +25,13 @@ def all_patches() -> list[Patch]:
         bound_cache,
         checked_config,
         cpu_backend,
-        finished_hits,
         kernel_rebinding,
         model_output,
+        whole_hits,
     )
 
     files = (
-        checked_config, cpu_backend, kernel_rebinding, aligned_chunks, finished_hits, bound_cache,
+        checked_config, cpu_backend, kernel_rebinding, aligned_chunks, whole_hits, bound_cache,
         model_output,
     )  # fmt: skip
     return [patch for file in files for patch in file.PATCHES]

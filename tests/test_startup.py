@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from kvplug.errors import KvplugError
-from kvplug.selection import BACKEND_PATH, PAGE_KEY, is_selected, page_of
+from kvplug.selection import BACKEND_PATH, is_selected
 from kvplug.startup import adopt
 
 
@@ -40,6 +40,7 @@ def engine(options: dict[str, Any] | None = None, **changed: Any) -> SimpleNames
             decode_context_parallel_size=1, prefill_context_parallel_size=1, tensor_parallel_size=1
         ),
     )
+    config.kv_transfer_config = config.speculative_config = None
     for path, value in changed.items():
         section, _, name = path.partition("__")
         setattr(getattr(config, section), name, value)
@@ -58,33 +59,19 @@ def refusal(config: Any) -> str:
     return message
 
 
-@pytest.mark.parametrize("options", [None, {}, {"window": 512}, {"dense_layers": [0, 11]}], ids=str)
-def test_the_block_becomes_one_window(options: dict[str, Any] | None) -> None:
-    config = engine(options)
-    adopt(config)
-    assert config.cache_config.block_size == (options or {}).get("window", 256)
-    assert page_of(config) == 32
-
-
-def test_twice_is_once() -> None:
-    config = engine({"window": 128}, cache_config__block_size=64)
-    config.cache_config.user_specified_block_size = True
-    adopt(config)
-    adopt(config)
-    assert config.cache_config.block_size == 128
-    assert config.additional_config == {"kvplug": {"window": 128}, PAGE_KEY: 64}
-
-
 @pytest.mark.parametrize(("given", "page"), [(False, 32), (True, 64)], ids=["default", "given"])
-def test_the_page_is_kept_for_later_processes(given: bool, page: int) -> None:
+def test_the_block_becomes_one_page(given: bool, page: int) -> None:
     config = engine(cache_config__block_size=64, cache_config__user_specified_block_size=given)
     adopt(config)
-    assert config.additional_config[PAGE_KEY] == page
-    # A copy of an adopted config, as a worker gets it, has a block of one window.
-    copy = engine(cache_config__block_size=256, cache_config__user_specified_block_size=True)
-    copy.additional_config = dict(config.additional_config)
-    adopt(copy)
-    assert page_of(copy) == page
+    assert config.cache_config.block_size == page
+    adopt(config)  # as vLLM may, in each of its processes
+    assert config.cache_config.block_size == page
+
+
+def test_connectors_are_refused() -> None:
+    config = engine()
+    config.kv_transfer_config = SimpleNamespace(kv_connector="OffloadingConnector")
+    assert "--kv-transfer-config" in refusal(config)
 
 
 @pytest.mark.parametrize(

@@ -65,7 +65,7 @@ def test_everything_selected_equals_stock_under_preemption(run, recall_model, to
     rounds = batches(copying_prompts(tokenizer, 16, 900, 0), 16, 160)
     small = {"max_num_batched_tokens": 2048}
     stock = run(spec(recall_model, None, rounds, num_gpu_blocks_override=224, **small))
-    ours = run(spec(recall_model, EVERYTHING, rounds, num_gpu_blocks_override=28, **small))
+    ours = run(spec(recall_model, EVERYTHING, rounds, num_gpu_blocks_override=224, **small))
     assert ours["preempted"] > 0
     assert stock["preempted"] > 0
     assert tokens(ours) == tokens(stock)

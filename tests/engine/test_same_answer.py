@@ -92,7 +92,7 @@ def test_partial_prefix_hit_is_cut_to_windows(run, recall_model, prompts, alone)
 
 def test_preemption_does_not_matter(run, recall_model, prompts, alone):
     """Preempted while decoding: the prompt is redone in windows, the rest token by token."""
-    blocks = sum(-(-len(ids) // WINDOW) for ids in prompts[:3]) + 2  # room for one more window
+    blocks = sum(-(-len(ids) // 32) for ids in prompts[:3]) + 2  # room for one more page
     other = run(spec(recall_model, [prompts[:3]], num_gpu_blocks_override=blocks,
                      enable_prefix_caching=False))  # fmt: skip
     cold = run(spec(recall_model, [prompts[:3]], enable_prefix_caching=False))

@@ -1,0 +1,54 @@
+"""Ends prefix hits at whole, finished windows.
+
+A hit that ends inside a window would leave a part of it to be probed with other queries than the
+whole one. And some recipes complete what they store for a page from later queries, up to the size
+of the local region (InfLLM's accumulated attention, say): the last pages of a cached prefix then
+depend on how the request that left them went on, and a hit must end before them.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from kvplug.patches.record import Patch
+
+WINDOW = "kvplug_window"
+"""Attribute of a cache manager that serves kvplug: tokens of a window."""
+MARGIN = "kvplug_margin"
+"""Another: tokens, in whole windows, by which a hit ends before the cached prefix does."""
+
+
+def _wrap(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def get_computed_blocks(self: Any, request: Any) -> tuple[Any, int, int]:
+        blocks, tokens, boundary = original(self, request)
+        window = getattr(self, WINDOW, None)
+        if window is None or not tokens:
+            return blocks, tokens, boundary
+        wanted = max(tokens - getattr(self, MARGIN), 0) // window * window
+        while tokens > wanted:
+            # Looked up again and not cut: groups with a sliding window keep other blocks for a
+            # shorter hit, and may make it shorter still.
+            found, tokens, _ = self.coordinator.find_longest_cache_hit(request.block_hashes, wanted)
+            blocks, boundary = self.create_kv_cache_blocks(found), 0
+            wanted = tokens // window * window
+        return blocks, tokens, boundary
+
+    return get_computed_blocks
+
+
+PATCHES = [
+    Patch(
+        target="vllm.v1.core.kv_cache_manager:KVCacheManager.get_computed_blocks",
+        vllm=">=0.32,<0.33",
+        why="A window entered half way would be probed with other queries, and a recipe that "
+        "learns from later queries would share unfinished pages: a request would get another "
+        "answer on a prefix hit than cold.",
+        upstream="https://github.com/vllm-project/vllm/issues/57566",
+        remove_when="An attention backend can say how much of a cached prefix it can reuse.",
+        fingerprint="77f434d88d573bfe",
+        wrap=_wrap,
+    )
+]
