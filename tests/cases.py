@@ -26,6 +26,9 @@ class PolicyCase(NamedTuple):
     one_list: bool = False
     """Whether all KV heads select the same pages."""
 
+    varies: bool = False
+    """Whether the number of selected pages may differ between windows, heads and layers."""
+
     @property
     def id(self) -> str:
         """A readable test id."""
@@ -49,6 +52,11 @@ POLICY_CASES = [
     PolicyCase(
         "hax", {"bits": 8, "rounds": 3, "split": 0.8}, indexes_on_write=False, finds_a_key=False
     ),
+    PolicyCase("actqkv", {}, indexes_on_write=False, finds_a_key=False, one_list=True, varies=True),
+    PolicyCase(
+        "simhash", {"probe": ["activation", "last_activated"], "budget": "entropy"}, varies=True
+    ),
+    PolicyCase("quest", {"budget": {"name": "top_p", "p": 0.5, "temperature": 0.2}}, varies=True),
     PolicyCase("hcam", {}, indexes_on_write=False),
     PolicyCase("hcam", {"pages": 3, "spread": 1.0}, indexes_on_write=False),
 ]

@@ -8,13 +8,14 @@ from typing import Any
 from kvplug.config import KvplugConfig
 from kvplug.errors import KvplugError
 from kvplug.fields import build, option_names
+from kvplug.policies.actqkv import ActQkv
 from kvplug.policies.base import Policy, Stages
 from kvplug.policies.dense import Dense
 from kvplug.policies.emllm import EmLlm
 from kvplug.policies.hax import Hax
 from kvplug.policies.hcam import Hcam
-from kvplug.policies.packages import find_recipe
 from kvplug.policies.infllm import InfLlm
+from kvplug.policies.packages import find_recipe
 from kvplug.policies.quest import Quest
 from kvplug.policies.simhash import SimHash
 from kvplug.policies.stages import (
@@ -35,6 +36,7 @@ POLICIES.register("hcam")(Hcam)
 POLICIES.register("hax")(Hax)
 POLICIES.register("infllm")(InfLlm)
 POLICIES.register("simhash")(SimHash)
+POLICIES.register("actqkv")(ActQkv)
 POLICIES.register("emllm")(EmLlm)
 
 
