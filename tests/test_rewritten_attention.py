@@ -158,6 +158,7 @@ def attend(shape: Shape, cache: Cache, plan: Plan) -> torch.Tensor:
         HEADS * shape.group, HEADS, shape.dim, shape.dtype, shape.isa, "auto"
     )  # fmt: skip
     output = torch.full_like(cache.queries, torch.nan)
+    assert plan.table is not None
     kernel(
         cache.queries, output, SingleHeadCache.of(cache.packed), plan, kernel.schedule(plan.table),
         Workspace(), shape.dim**-0.5, 0.0, (1.0, 1.0),

@@ -146,18 +146,20 @@ class CpuAttend:
     ) -> None:
         """One call of the paged kernel over ``S * Hk`` single-head sequences."""
         scale, softcap, (k_scale, v_scale) = scaling
+        table = plan.table
+        assert table is not None
         ops.cpu_attention_with_kv_cache(
             query=query,
             key_cache=cache.keys,
             value_cache=cache.values,
             output=output,
-            query_start_loc=plan.table.query_start,
-            seq_lens=plan.table.seq_lens,
+            query_start_loc=table.query_start,
+            seq_lens=table.seq_lens,
             scale=scale,
             causal=True,
             alibi_slopes=None,
             sliding_window=-1,
-            block_table=plan.table.table,
+            block_table=table.table,
             softcap=softcap,
             scheduler_metadata=schedule,
             s_aux=None,
