@@ -89,7 +89,7 @@ class LocalMass(Memory):
         listed = workspace.take("local_mass.listed", (shape.num_pages,), torch.int32).numpy()
         windows, pages = _list_pages(
             order, stream.request, stream.context_end, stream.far_end, step.block_table_host,
-            shape.page, self._place, listed,
+            shape.page, MOST_PAGES, self._place, listed,
         )  # fmt: skip
         listed = listed[:pages]
         rows = workspace.take("local_mass.rows", (heads, pages), torch.int64)
@@ -136,9 +136,9 @@ def _find_sampled(num_tokens, context_end, every, found):  # type: ignore[no-unt
 
 @njit(cache=True)
 def _list_pages(  # type: ignore[no-untyped-def]
-    order, request, context_end, far_end, block_table, page, place, listed
+    order, request, context_end, far_end, block_table, page, most, place, listed
 ):
-    """Lists the local pages of windows, each once, until there are MOST_PAGES.
+    """Lists the local pages of windows, each once, as long as they are at most ``most``.
 
     Args:
         order: ``[W]`` windows.
@@ -147,6 +147,7 @@ def _list_pages(  # type: ignore[no-untyped-def]
         far_end: See there.
         block_table: ``[B, max_pages]``.
         page: P.
+        most: Pages, unless the first window alone has more.
         place: ``[pages]``, -1: becomes the place of a page in the list.
         listed: Becomes the list.
 
@@ -157,7 +158,7 @@ def _list_pages(  # type: ignore[no-untyped-def]
     for w in range(order.shape[0]):
         s = order[w]
         last = (context_end[s] + page - 1) // page
-        if w > 0 and count + last - far_end[s] > MOST_PAGES:
+        if w > 0 and count + last - far_end[s] > most:
             return w, count
         for n in range(far_end[s], last):
             physical = block_table[request[s], n]

@@ -266,7 +266,7 @@ def representatives_reference(keys: torch.Tensor, mass: torch.Tensor, top: int) 
     """
     page = keys.shape[1]
     newest_first = mass.flip(-1)
-    order = page - 1 - newest_first.argsort(-1, descending=True, stable=True)  # [N, Hk, P]
+    order = page - 1 - newest_first.argsort(dim=-1, descending=True, stable=True)
     by_head = keys.transpose(1, 2).float()  # [N, Hk, P, D]
     ranked = by_head.gather(2, order[..., None].expand_as(by_head))
     means = ranked[:, :, :top].mean(2)
