@@ -253,6 +253,54 @@ def bench_recipes(
     document.check_complete(result)
 
 
+@benches.command("profile")
+def bench_profile(
+    model: ModelOption = "recall",
+    policies: Annotated[str, typer.Option(help="Recipes or named configurations.")] = "all",
+    context: Annotated[int, typer.Option(help="Prompt length.")] = 32768,
+    budget: Annotated[int, typer.Option(help="Far tokens per window and KV head.")] = 512,
+    page: PageOption = 32,
+    chunk: ChunkOption = 4096,
+    decoded: DecodedOption = 128,
+    eager: EagerOption = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """Where the time of a recipe's selection goes, beside the attention that follows it."""
+    from kvplug.bench.child import results
+    from kvplug.bench.job import Job
+    from kvplug.bench.recipes import chosen_recipes
+
+    rows: list[dict[str, Any]] = []
+    with progress() as say:
+        for recipe in chosen_recipes(policies, ()):
+            recipe.config(budget, page)
+            say(f"{recipe.label}: starting its engine")
+            options = {key: value for key, value in recipe.options.items() if key != "policy"}
+            job = Job(
+                recipe.policy, model, [context], [1], 1, page, chunk, decoded, eager, 0,
+                {**options, "budget": budget},
+            )  # fmt: skip
+            for _, data in results("kvplug.bench.profile", job, job.to_json()):
+                rows.append({**data, "policy": recipe.label})
+    if as_json:
+        print(json.dumps(rows))
+        return
+    table = Table(title=f"{context:,} tokens, budget {budget}: seconds of the prompt, us of a step")
+    for column in ("recipe", "", "total", "attention", "selection", "share", "of which"):
+        table.add_column(column)
+    for row in rows:
+        for phase, unit in (("prefill", 1.0), ("decode", 1e6)):
+            told, digits = row[phase], 2 if unit == 1.0 else 0
+            stages = sorted(told["stages"].items(), key=lambda stage: -stage[1])
+            table.add_row(
+                row["policy"], phase,
+                *(f"{told[name] * unit:.{digits}f}" for name in ("total", "attend", "select")),
+                f"{told['share'] or 0:.1%}",
+                ", ".join(f"{name} {value * unit:.{digits}f}" for name, value in stages),
+            )  # fmt: skip
+    out.print(table)
+
+
 def numbers(text: str, least: int = 1) -> list[int]:
     """Integers from ``1,2,3``, positive unless zero is let in."""
     try:

@@ -20,7 +20,7 @@ LONG_DENSE = {**OPTIONS, "dense_below": 200}
 def served(made: World, *, waits: bool) -> list[dict[tuple[int, int], Attended | None]]:
     """Two requests decode past ``dense_below``; a third comes on pages that another gave back."""
     if not waits:
-        made.pipeline.pending.add = lambda batch: None  # type: ignore[assignment, method-assign]
+        made.pipeline.pending.add = lambda batch: None  # type: ignore[method-assign]
     for request, stop in ((1, 60), (2, 171), (3, 33)):
         made.prefill(request, stop)
     chosen = []
