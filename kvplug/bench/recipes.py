@@ -54,7 +54,15 @@ class Recipe(NamedTuple):
         return len(sizes) > 1 or len(budgets) == 1
 
 
-CONFIGURATIONS: tuple[Recipe, ...] = ()
+CONFIGURATIONS: tuple[Recipe, ...] = (
+    Recipe(
+        "emllm-hash",
+        {"policy": "emllm", "options": {"index": "simhash", "probe": "last_activated"}},
+        "A page's representative keys are those that its neighbours attended to, and the one key "
+        "that a later question needs is rarely among them; hashes of every key find its page, and "
+        "the last tokens of a window ask for it where their mean does not.",
+    ),
+)
 """Configurations besides the defaults."""
 
 
