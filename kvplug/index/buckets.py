@@ -45,9 +45,9 @@ class Buckets(Index):
 
     name = "buckets"
 
-    bits: int = 4
+    bits: int = 2
     """Sign bits of a bucket's number: a round has ``2 ** bits`` buckets."""
-    rounds: int = 16
+    rounds: int = 32
     """Independent hash rounds; ``bits * rounds`` is at most 64."""
 
     def __post_init__(self) -> None:

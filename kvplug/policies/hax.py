@@ -14,9 +14,9 @@ from kvplug.select.union import Union
 class Hax(Policy):
     """Bucket index, probes from the last and the most activated tokens, union select."""
 
-    bits: int = 4
+    bits: int = 2
     """Sign bits of a bucket's number."""
-    rounds: int = 16
+    rounds: int = 32
     """Independent hash rounds; ``bits * rounds`` is at most 64."""
     split: float = 0.5
     """Share of a row's pages, 0 to 1, that goes to hash hits; key selection takes the rest."""

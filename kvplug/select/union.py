@@ -99,7 +99,7 @@ def _select_union(  # type: ignore[no-untyped-def]
             hits += order > ZERO
         # No order is as large, so nothing is chosen unless a threshold takes its place.
         threshold, skip = CHOSEN, np.int64(0)
-        share = min(np.int64(split * wanted + 0.5), hits)
+        share = min(np.int64(split * wanted + 0.5), np.int64(hits))
         if share > 0:
             threshold, skip = threshold_of(mine, share)
         for n in range(mine.shape[0]):

@@ -218,6 +218,19 @@ def test_decoded_tokens_are_hashed_by_the_prompts_mean() -> None:
     assert here.words[5:8].any()
 
 
+def test_a_prefix_hit_is_hashed_by_the_mean_on_the_shared_page() -> None:
+    """A request that begins behind a shared window hashes as one that computed it itself."""
+    keys, queries = torch.randn(60, KV_HEADS, DIM) + 1, torch.randn(60, HEADS, DIM)
+    index, cold = index_of(), index_of()
+    write(index, keys[:40], queries[:40], TABLE, centred=True)
+    table = torch.cat([TABLE[:, :4], TABLE[:, 20:30]], 1)  # one window is shared
+    hit = [Piece(0, 20, 40, True)]
+    watched([index.centre, index], GEOMETRY, hit, table, [queries], [keys])
+    write(cold, keys, queries, table, centred=True)
+    assert torch.equal(index.words[20:28], cold.words[20:28])
+    assert (index.words[20:28] != 0).all()
+
+
 def test_no_number_is_no_crash() -> None:
     index = index_of()
     keys = torch.randn(200, KV_HEADS, DIM)
