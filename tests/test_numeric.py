@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 from numba import njit
 
-from kvplug.numeric import from_bfloat16, to_bfloat16
+from kvplug.numeric import dot_bfloat16, from_bfloat16, to_bfloat16
 
 
 @njit
@@ -31,3 +32,16 @@ def test_bfloat16_is_torchs() -> None:
     assert np.array_equal(back[number], expected.float().numpy()[number])
     assert np.array_equal(bits[number], expected.view(torch.int16).numpy().view(np.uint16)[number])
     assert np.isnan(back[~number]).all()
+
+
+@pytest.mark.parametrize("dim", [1, 7, 16, 33, 64, 80, 128, 256])
+def test_dot_product(dim: int) -> None:
+    """Small integers exactly; other numbers to the rounding of the sum in any order."""
+    vector, other = torch.randint(-9, 10, (2, dim)).float()
+    bits = other.bfloat16().view(torch.int16).numpy().view(np.uint16)
+    assert dot_bfloat16(vector.numpy(), bits) == (vector @ other).item()
+    vector, other = torch.randn(dim), torch.randn(dim).bfloat16()
+    bits = other.view(torch.int16).numpy().view(np.uint16)
+    products = vector.double() * other.double()
+    bound = dim * torch.finfo(torch.float32).eps * products.abs().sum().item()
+    assert abs(dot_bfloat16(vector.numpy(), bits) - products.sum().item()) <= bound

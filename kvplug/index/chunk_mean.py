@@ -22,8 +22,8 @@ from kvplug.compiled import compiled
 from kvplug.errors import KvplugError
 from kvplug.index.base import Index, PageIndex
 from kvplug.index.sealing import Seals
-from kvplug.numeric import from_bfloat16, to_bfloat16
-from kvplug.select.radix import BINS, order_of, threshold_of
+from kvplug.numeric import dot_bfloat16, from_bfloat16, to_bfloat16
+from kvplug.select.bisection import put_in_order, threshold_of
 from kvplug.stage import Layer, Passage
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from kvplug.step import Step
 
 LANES = 16
-"""Partial sums of a dot product or mean."""
+"""Floats in a vector register, to estimate work."""
 PAGES_PER_READ = 256
 """Pages whose keys are unpacked at a time: what bounds the memory of a step that seals many."""
 HEADS = ("each", "all")
@@ -154,7 +154,17 @@ class ChunkMeanIndex(PageIndex):
             windows.request, windows.far_begin, windows.far_end, windows.num_selected,
             step.block_table_host, options.pages, options.spread, np.float32(self.shape.scale),
             options.heads == "all", options.reduce == "sum", scores.numpy(),
+            scores.numpy().view(np.uint32),
         )  # fmt: skip
+
+
+@njit(cache=True, fastmath={"reassoc", "nsz"})
+def _sum(values):  # type: ignore[no-untyped-def]
+    """The sum of ``values [P]``, in an order that depends on nothing but P."""
+    total = np.float32(0)
+    for value in values:
+        total += value
+    return total
 
 
 @compiled()
@@ -162,19 +172,8 @@ def _write_page_means(keys, rows, means):  # type: ignore[no-untyped-def]
     """``means[rows[i]] = mean of the page keys[i] [D, P]``, rounded once."""
     _, dim, page = keys.shape
     for i in prange(rows.shape[0]):
-        lanes = np.empty(LANES, dtype=np.float32)
         for d in range(dim):
-            mine = keys[i, d]
-            lanes[:] = 0
-            for t in range(0, page - page % LANES, LANES):
-                for lane in range(LANES):
-                    lanes[lane] += mine[t + lane]
-            total = np.float32(0)
-            for lane in range(LANES):
-                total += lanes[lane]
-            for t in range(page - page % LANES, page):
-                total += mine[t]
-            means[rows[i], d] = to_bfloat16(total / np.float32(page))
+            means[rows[i], d] = to_bfloat16(_sum(keys[i, d]) / np.float32(page))
 
 
 @compiled()
@@ -202,83 +201,72 @@ def _write_chunk_means(  # type: ignore[no-untyped-def]
                     out[d] = to_bfloat16(total[d] / np.float32(per_chunk))
 
 
-@njit(cache=True, fastmath={"contract"})
-def _product(query, mean, lanes):  # type: ignore[no-untyped-def]
-    """``query . mean``, added lane by lane: one order whoever calls."""
-    dim = query.shape[0]
-    lanes[:] = 0
-    for d in range(0, dim - dim % LANES, LANES):
-        for lane in range(LANES):
-            lanes[lane] += query[d + lane] * from_bfloat16(mean[d + lane])
-    total = np.float32(0)
-    for lane in range(LANES):
-        total += lanes[lane]
-    for d in range(dim - dim % LANES, dim):
-        total += query[d] * from_bfloat16(mean[d])
-    return total
+@njit(cache=True, inline="always")
+def _relevance(probes, count, means, first, last, scale, is_sum):  # type: ignore[no-untyped-def]
+    """Score of a page or chunk by KV heads ``first`` to ``last``; ``means [Hk, D]``."""
+    best, total = np.float32(np.nan), np.float32(0)
+    for head in range(first, last):
+        mean = means[head]
+        for r in range(count):
+            product = dot_bfloat16(probes[head, r], mean)
+            # NaN only where every product is, so that the pipeline can tell.
+            best = product if product > best or best != best else best
+            total += product
+    return scale * (total / np.float32((last - first) * count) if is_sum else best)
 
 
 @njit(cache=True)
-def _relevance(probes, count, means, scale, is_sum, lanes):  # type: ignore[no-untyped-def]
-    """The score of one page or chunk: ``probes [heads, R, D]`` against ``means [heads, D]``."""
-    heads = probes.shape[0]
-    best, total = np.float32(-np.inf), np.float32(0)
-    for head in range(heads):
-        for r in range(count):
-            product = _product(probes[head, r], means[head], lanes)
-            best = max(best, product)
-            total += product
-    return scale * (total / np.float32(heads * count) if is_sum else best)
+def _rank(orders, wanted):  # type: ignore[no-untyped-def]
+    """Sets ``orders [chunks]``, bits of scores, to 1 for the ``wanted`` best and 0 for the rest."""
+    put_in_order(orders)
+    threshold, skip = threshold_of(orders, wanted)
+    for c in range(orders.shape[0]):
+        is_best = orders[c] > threshold or (orders[c] == threshold and skip <= 0)
+        skip -= orders[c] == threshold
+        orders[c] = is_best
 
 
 @compiled()
 def _score_pages(  # type: ignore[no-untyped-def]
     means, chunks, vectors, counts, rows, request, far_begin, far_end, num_selected, block_table,
-    per_chunk, spread, scale, heads_agree, is_sum, scores,
+    per_chunk, spread, scale, heads_agree, is_sum, scores, bits,
 ):  # fmt: skip
-    """Writes ``scores`` as :class:`ChunkMean` says.
+    """Writes ``scores`` as :class:`ChunkMean` says; ``bits`` is the same memory as integers.
 
-    Scores of chunks wait in the row that they are about to become: chunk ``c`` at entry ``c``. Its
+    Ranks of chunks wait in the row that they are about to become: chunk ``c``'s at entry ``c``. Its
     pages' entries begin no earlier, so going from the last chunk to the first, none is overwritten
     before it was read.
     """
     num_kv_heads = means.shape[1]
     sets = 1 if heads_agree else num_kv_heads
-    together = num_kv_heads // sets
     for task in prange(rows.shape[0] * sets):
-        w, head = task // sets, task % sets * together
-        row, count = rows[w], counts[w]
+        w, head = task // sets, task % sets
+        until = num_kv_heads if heads_agree else head + 1
+        row, count, probes = rows[w], counts[w], vectors[w]
         begin, end = far_begin[row], far_end[row]
         pages = block_table[request[row], :end]
-        probes = vectors[w, head : head + together]
-        lanes = np.empty(LANES, dtype=np.float32)
         out = scores[w, head, : end - begin]
         # Chunks that lie among the far pages as a whole.
         first = (begin + per_chunk - 1) // per_chunk
         last = max(end // per_chunk, first)
         wanted = int(np.ceil(min(spread * num_selected[row] / per_chunk, last - first)))
         is_ranked = wanted < last - first
-        threshold, equal = np.uint32(0), 0
+        ranks = bits[w, head, : last - first]
         if is_ranked:
             for c in range(first, last):
-                mean = chunks[pages[(c + 1) * per_chunk - 1], head : head + together]
-                out[c - first] = _relevance(probes, count, mean, scale, is_sum, lanes)
-            histogram = np.empty(BINS, dtype=np.int32)
-            threshold, _, equal = threshold_of(out[: last - first], wanted, histogram)
+                mean = chunks[pages[(c + 1) * per_chunk - 1]]
+                out[c - first] = _relevance(probes, count, mean, head, until, scale, is_sum)
+            _rank(ranks, wanted)
         # From the back: the pages behind the last chunk, the chunks, those before the first.
         for c in range(last, first - 2, -1):
-            is_looked_into = True
-            if is_ranked and first <= c < last:
-                key = order_of(out[c - first])
-                is_looked_into = key > threshold or (key == threshold and equal > 0)
-                equal -= key == threshold
+            is_ruled_out = is_ranked and first <= c < last and ranks[c - first] == 0
             for n in range(max(c * per_chunk, begin), min((c + 1) * per_chunk, end)):
-                score = np.float32(-np.inf)
-                if is_looked_into:
-                    mean = means[pages[n], head : head + together]
-                    score = _relevance(probes, count, mean, scale, is_sum, lanes)
-                out[n - begin] = score
-        for other in range(head + 1, head + together):
+                out[n - begin] = (
+                    -np.inf
+                    if is_ruled_out
+                    else _relevance(probes, count, means[pages[n]], head, until, scale, is_sum)
+                )
+        for other in range(head + 1, until):
             scores[w, other, : end - begin] = out
 
 

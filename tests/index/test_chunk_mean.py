@@ -99,6 +99,26 @@ def test_twin(pages: int, spread: float, selected: int, heads: str, reduce: str)
         assert (hidden == max(chunks - wanted, 0) * pages).all()
 
 
+@pytest.mark.parametrize(("dim", "page"), [(DIM, 3), (64, 32), (80, 16), (128, 64)])
+def test_both_builds_give_the_same_bits(dim: int, page: int) -> None:
+    """The amount of work decides between them, so a replayed step may take the other one."""
+    found = []
+    for build in ("_one_thread", "_all_threads"):
+        with pytest.MonkeyPatch.context() as patch:
+            for kernel in ("_write_page_means", "_write_chunk_means", "_score_pages"):
+                compiled = getattr(chunk_mean, kernel)
+                only = getattr(compiled, build)
+                patch.setattr(chunk_mean, kernel, lambda _, *args, only=only: only(*args))
+            torch.manual_seed(0)
+            made = Made(ChunkMean(pages=3, spread=1.0, reduce="max"), 60, page, dim)
+            made.write_pages(torch.randn(60 * page, HEADS, dim), torch.arange(60))
+            window = Far(0, 0, 60, selected=12)
+            found.append(made.scores(torch.randn(HEADS, 3, dim), window, in_order(60)))
+            found.append(made.index.chunks.view(torch.int16))
+    assert torch.equal(found[0], found[2])
+    assert torch.equal(found[1], found[3])
+
+
 def test_windows_are_scored_apart() -> None:
     options = ChunkMean(pages=2, spread=1.0)
     made = Made(options, 48)
