@@ -18,7 +18,6 @@ from kvplug.budget.base import Budget
 from kvplug.compiled import compiled
 from kvplug.errors import KvplugError
 from kvplug.numeric import float_bits
-from kvplug.select.radix import BINS, DIGITS
 
 if TYPE_CHECKING:
     from kvplug.step import Step
@@ -26,6 +25,10 @@ if TYPE_CHECKING:
 
 OPERATIONS = 16
 """Of a score, to estimate work."""
+DIGITS = ((21, 11), (10, 11), (0, 10))
+"""Bit position and width of the three digits of a 32-bit mass, most significant first."""
+BINS = 1 << 11
+"""Values of the widest digit."""
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,8 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
+from kvplug.numeric import float_bits
+
 PASSES = 4
 """Times that a score is looked at, in steps of a scalar loop."""
 ZERO = np.uint32(0x80000000)
@@ -25,6 +27,12 @@ def order_of_bits(bits):  # type: ignore[no-untyped-def]
     order = ZERO if bits == np.uint32(0x80000000) else order  # of -0.0, which equals 0.0
     is_number = bits & np.uint32(0x7F800000) != np.uint32(0x7F800000)
     return order if is_number else np.uint32(0)
+
+
+@njit(cache=True, inline="always")
+def order_of(score):  # type: ignore[no-untyped-def]
+    """:func:`order_of_bits` of a float32."""
+    return order_of_bits(float_bits(score))
 
 
 @njit(cache=True)

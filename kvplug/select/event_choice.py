@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from kvplug.select.radix import order_of
+from kvplug.select.bisection import order_of
 
 NUMBER = np.uint64(0xFFFFFFFF)
 """Bits of a rank that hold the event's number."""
