@@ -24,7 +24,7 @@ LINKED = ("kernels", "patches", "serve")
 RANKS: tuple[tuple[str, ...], ...] = (
     ("kernels", "errors", "__init__"),
     ("compiled", "config", "fields", "numeric", "pages", "registry", "selection", "workspace"),
-    ("page_table", "step", "windows"),
+    ("carry", "page_table", "step", "windows"),
     ("stage", "segment", "index", "probe", "budget", "select"),
     ("policies",),
     ("attended", "machine", "pending", "pipeline"),

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from numba import njit, prange
 
+from kvplug.carry import NOWHERE, carried
 from kvplug.compiled import compiled
 from kvplug.stage import Layer, Memory
 
@@ -30,15 +31,13 @@ OPERATIONS = 24
 class Densities(Memory):
     """Of all layers: mean density of a prompt's sparse windows, and how many there were.
 
-    The state after a window lies at the first page of the window's block, as in
-    :class:`~kvplug.probe.query_statistics.QueryStatistics`.
+    They lie on the pages of the prompt that they were computed from (:mod:`kvplug.carry`).
     """
 
     def __init__(self, layer: Layer) -> None:
-        """Allocates; only the first page of a block is ever touched, and costs memory."""
+        """Allocates; pages of which nothing is kept cost no memory."""
         super().__init__(layer)
         shape = self.shape
-        self.pages_per_block = shape.window // shape.page
         self.means = torch.zeros(shape.num_pages, shape.num_layers, 2)
         """``[pages, L, 2]``: mean, number of windows."""
 
@@ -48,8 +47,8 @@ class Densities(Memory):
         return (self.means,)
 
     def nbytes(self) -> float:
-        """See :meth:`Memory.nbytes`."""
-        return super().nbytes() / self.pages_per_block
+        """Of prompts, which keep it on one page of a window; decoded tokens do on two."""
+        return super().nbytes() * self.shape.page / self.shape.window
 
 
 class LayerDensity(Memory):
@@ -67,12 +66,12 @@ class LayerDensity(Memory):
         self._host = self.all.means.numpy()
 
     def watch(self, passage: Passage) -> None:
-        """Hands on what is known to the step's blocks."""
+        """Hands on what is known to the step's windows."""
         stream = passage.step.stream
         _hand_on(
             stream.request, stream.num_tokens, stream.context_end, passage.step.stream_prefills,
-            passage.step.block_table_host, self.shape.window, self.all.pages_per_block,
-            self.shape.rank, self._host,
+            passage.step.block_table_host, self.shape.window, self.shape.page, self.shape.rank,
+            self._host,
         )  # fmt: skip
 
     def learn(
@@ -96,28 +95,31 @@ class LayerDensity(Memory):
         )  # fmt: skip
         _learn(
             found.numpy(), stream.sparse, stream.request, stream.num_tokens, stream.context_end,
-            step.stream_prefills, step.block_table_host, self.shape.window,
-            self.all.pages_per_block, self.shape.rank, self._host,
+            step.stream_prefills, step.block_table_host, self.shape.window, self.shape.page,
+            self.shape.rank, self._host,
         )  # fmt: skip
 
 
 @njit(cache=True)
 def _hand_on(  # type: ignore[no-untyped-def]
-    request, num_tokens, context_end, prefills, block_table, window, pages_per_block, rank, means
+    request, num_tokens, context_end, prefills, block_table, window, page, rank, means
 ):
-    """Copies the block before; the first layer does so for all where a decoded block begins."""
+    """Copies what each window goes on from; the first layer does so for all where one decodes."""
     for s in range(request.shape[0]):
-        first = context_end[s] - num_tokens[s]
-        block = first // window
-        here = block_table[request[s], block * pages_per_block]
-        if prefills[s] and block == 0:
-            means[here, rank] = 0
-        elif prefills[s]:
-            before = block_table[request[s], (block - 1) * pages_per_block]
-            means[here, rank] = means[before, rank]
-        elif first % window == 0 and block > 0 and rank == 0:
-            before = block_table[request[s], (block - 1) * pages_per_block]
-            means[here] = means[before]
+        end = context_end[s]
+        before, here, also = carried(end - num_tokens[s], end, prefills[s], window, page)
+        if here == NOWHERE:
+            continue
+        pages = block_table[request[s]]
+        if not prefills[s]:
+            if rank == 0 and before != NOWHERE:
+                means[pages[here]] = means[pages[before]]
+            continue
+        for place in (here, also):
+            if before == NOWHERE:
+                means[pages[place], rank] = 0
+            else:
+                means[pages[place], rank] = means[pages[before], rank]
 
 
 @njit(cache=True)
@@ -165,30 +167,29 @@ def _densities(scores, rows, far_begin, far_end, temperature, found):  # type: i
 
 @njit(cache=True)
 def _learn(  # type: ignore[no-untyped-def]
-    found, sparse, request, num_tokens, context_end, prefills, block_table, window,
-    pages_per_block, rank, means,
+    found, sparse, request, num_tokens, context_end, prefills, block_table, window, page, rank,
+    means,
 ):  # fmt: skip
     """Adds each sparse prompt window's density, averaged over heads, to the layer's mean."""
-    w = 0
+    w = -1
     for s in range(request.shape[0]):
-        if not sparse[s]:
+        w += sparse[s]
+        if not (sparse[s] and prefills[s]):
             continue
         total, heads = 0.0, 0
         for density in found[w]:
             if not np.isnan(density):
                 total += density
                 heads += 1
-        w += 1
-        block = (context_end[s] - num_tokens[s]) // window
-        if not prefills[s] or block == 0:
-            continue
-        here = block_table[request[s], block * pages_per_block]
-        before = block_table[request[s], (block - 1) * pages_per_block]
-        mean, count = means[before, rank, 0], means[before, rank, 1]
+        end = context_end[s]
+        before, here, also = carried(end - num_tokens[s], end, True, window, page)
+        pages = block_table[request[s]]
+        mean, count = means[pages[before], rank, 0], means[pages[before], rank, 1]
         if heads > 0:
             count += np.float32(1)
             mean += (np.float32(total / heads) - mean) / count
-        means[here, rank, 0], means[here, rank, 1] = mean, count
+        for place in (here, also):
+            means[pages[place], rank, 0], means[pages[place], rank, 1] = mean, count
 
 
 def density_reference(scores: torch.Tensor, temperature: float) -> torch.Tensor:

@@ -75,8 +75,7 @@ class _Bound(EntropyBudget):
         _count(
             windows.sparse, windows.request, windows.num_tokens, windows.context_end,
             windows.far_begin, windows.far_end, step.stream_prefills, step.block_table_host,
-            shape.window, memory.pages_per_block, shape.rank, memory.means.numpy(),
-            counts.numpy(),
+            shape.window, shape.page, shape.rank, memory.means.numpy(), counts.numpy(),
         )  # fmt: skip
 
 
@@ -108,7 +107,7 @@ def share_out(means, rank, pages, num_far):  # type: ignore[no-untyped-def]
 @njit(cache=True)
 def _count(  # type: ignore[no-untyped-def]
     sparse, request, num_tokens, context_end, far_begin, far_end, prefills, block_table, window,
-    pages_per_block, rank, means, counts,
+    page, rank, means, counts,
 ):  # fmt: skip
     """Writes the counts of decoded tokens; prompt windows keep theirs."""
     w = 0
@@ -116,10 +115,9 @@ def _count(  # type: ignore[no-untyped-def]
         if not sparse[s]:
             continue
         if not prefills[s]:
-            block = (context_end[s] - num_tokens[s]) // window
-            page = block_table[request[s], block * pages_per_block]
-            num_far = far_end[s] - far_begin[s]
-            counts[w] = share_out(means[page], rank, counts[w, 0], num_far)
+            opening = (context_end[s] - 1) // window * (window // page)
+            known = means[block_table[request[s], opening]]
+            counts[w] = share_out(known, rank, counts[w, 0], far_end[s] - far_begin[s])
         w += 1
 
 

@@ -1,7 +1,8 @@
 """Min/max index: per-page bounds of every key dimension (Quest, Tang et al. 2024, 2406.10774).
 
 The score of a page, ``sum_d max(q_d * min_d, q_d * max_d)``, is an upper bound of ``q . k`` over
-the page's keys; times the layer's scale, of its attention logits. Bounds are kept as bfloat16, rounded outwards, so they stay bounds for any dtype.
+the page's keys; times the layer's scale, of its attention logits. Bounds are kept as bfloat16,
+rounded outwards, so they stay bounds for any dtype.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from numba import njit, prange
 
+from kvplug.carry import NOWHERE, carried
 from kvplug.compiled import compiled
 from kvplug.errors import KvplugError, nearest_name
 from kvplug.probe.base import Probe, Probes
@@ -94,7 +95,7 @@ class _Bound(ActivationProbe):
         _weighted_means(
             queries.numel() // LANES * OPERATIONS, queries.numpy(), rows,
             windows.request, windows.token_start, windows.num_tokens, windows.context_end,
-            step.block_table_host, memory.shape.window, memory.pages_per_block,
+            step.block_table_host, memory.shape.window, memory.shape.page,
             memory.means.numpy(), memory.variances.numpy(), memory.counts.numpy(),
             np.float32(self.warm_up * memory.shape.window), np.float32(self.sharpness),
             weights.numpy(), vectors.view(len(rows), heads, dim).numpy(),
@@ -155,8 +156,8 @@ def _add_weighted(queries, start, head, weights, out):  # type: ignore[no-untype
 
 @compiled(fastmath={"contract"})
 def _weighted_means(  # type: ignore[no-untyped-def]
-    queries, rows, request, token_start, num_tokens, context_end, block_table, window,
-    pages_per_block, means, variances, counts, warm_up, sharpness, weights, out,
+    queries, rows, request, token_start, num_tokens, context_end, block_table, window, page,
+    means, variances, counts, warm_up, sharpness, weights, out,
 ):  # fmt: skip
     """``out[w, h]`` = weighted mean of window ``rows[w]``'s queries of head ``h``."""
     _, heads, dim = queries.shape
@@ -174,16 +175,16 @@ def _weighted_means(  # type: ignore[no-untyped-def]
         mine = weights[w, share, :count]
         mine[:] = 0
         inverse, lanes = np.empty(dim, dtype=np.float32), np.empty(LANES, dtype=np.float32)
-        block = (context_end[row] - count) // window
-        if block > 0:
-            page = block_table[request[row], (block - 1) * pages_per_block]
-            floor = variances[page, first_head : first_head + group].mean() / 100 + TINY
+        before, _, _ = carried(context_end[row] - count, context_end[row], True, window, page)
+        if before != NOWHERE:
+            known = block_table[request[row], before]
+            floor = variances[known, first_head : first_head + group].mean() / 100 + TINY
             for head in range(first_head, first_head + group):
-                if counts[page, head] < warm_up:
+                if counts[known, head] < warm_up:
                     continue
                 for d in range(dim):
-                    inverse[d] = 1 / (variances[page, head, d] + np.float32(floor))
-                _add_bias(queries, start, head, means[page, head], inverse, lanes, mine)
+                    inverse[d] = 1 / (variances[known, head, d] + np.float32(floor))
+                _add_bias(queries, start, head, means[known, head], inverse, lanes, mine)
         _normalise(mine, sharpness)
         for head in range(first_head, first_head + group):
             _add_weighted(queries, start, head, mine, out[w, head])

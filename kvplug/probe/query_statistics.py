@@ -2,9 +2,9 @@
 
 ActQKV (Xiao et al. 2025, arXiv 2502.13542) measures how far a query stands out from all that came
 before. Its released code keeps one mean and one variance for all layers and requests together.
-Here every layer has its own, and they belong to the prompt that they were computed from: the
-state after a window lies at the first page of the window's block. A request that shares a prefix
-finds the prefix's statistics with its pages, and no other request can touch them.
+Here every layer has its own, and they lie on the pages of the prompt that they were computed from
+(:mod:`kvplug.carry`). A request that shares a prefix finds the prefix's statistics with its pages,
+and no other request can touch them.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from numba import njit, prange
 
+from kvplug.carry import NOWHERE, carried
 from kvplug.compiled import compiled
 from kvplug.stage import Layer, Memory
 
@@ -30,16 +31,15 @@ PASSES = 3
 class QueryStatistics(Memory):
     """Mean and variance of every query head's dimensions over the windows of a prompt.
 
-    Windows of a prompt update it, a partial last one too. Decoded tokens never do: the first of a
-    block hands on what the block before holds. A head with a NaN or an infinity in a window sits
-    that window out, so that one bad token does not spoil what follows.
+    Windows of a prompt update it, a partial last one too; decoded tokens hand it on. A head with a
+    NaN or an infinity in a window sits that window out, so that one bad token does not spoil what
+    follows.
     """
 
     def __init__(self, layer: Layer) -> None:
-        """Allocates; only the first page of a block is ever touched, and costs memory."""
+        """Allocates; pages of which nothing is kept cost no memory."""
         super().__init__(layer)
         shape = self.shape
-        self.pages_per_block = shape.window // shape.page
         self.means = torch.zeros(shape.num_pages, shape.num_heads, shape.head_dim)
         """``[pages, H, D]``."""
         self.variances = torch.zeros(shape.num_pages, shape.num_heads, shape.head_dim)
@@ -53,8 +53,8 @@ class QueryStatistics(Memory):
         return (self.means, self.variances, self.counts)
 
     def nbytes(self) -> float:
-        """See :meth:`Memory.nbytes`."""
-        return super().nbytes() / self.pages_per_block
+        """Of prompts, which keep it on one page of a window; decoded tokens do on two."""
+        return super().nbytes() * self.shape.page / self.shape.window
 
     def watch(self, passage: Passage) -> None:
         """Takes in the step's windows, in order."""
@@ -62,7 +62,7 @@ class QueryStatistics(Memory):
         _watch(
             passage.queries.numel() // LANES * PASSES, passage.queries.numpy(),
             stream.request, stream.token_start, stream.num_tokens, stream.context_end,
-            step.stream_prefills, step.block_table_host, self.shape.window, self.pages_per_block,
+            step.stream_prefills, step.block_table_host, self.shape.window, self.shape.page,
             self.means.numpy(), self.variances.numpy(), self.counts.numpy(),
         )  # fmt: skip
 
@@ -87,6 +87,10 @@ def _moments(queries, start, count, head, mean, spread):  # type: ignore[no-unty
 @njit(cache=True, fastmath={"contract"})
 def _pool(seen, count, mean, spread, means, variances):  # type: ignore[no-untyped-def]
     """Adds ``count`` queries of mean and spread to a mean and variance of ``seen``, in place."""
+    if seen == 0:
+        means[:] = mean
+        variances[:] = spread / max(count - np.float32(1), np.float32(1))
+        return
     total = seen + count
     share, weight = count / total, seen * count / total
     for d in range(mean.shape[0]):
@@ -98,38 +102,37 @@ def _pool(seen, count, mean, spread, means, variances):  # type: ignore[no-untyp
 
 @compiled(fastmath={"contract"})
 def _watch(  # type: ignore[no-untyped-def]
-    queries, request, token_start, num_tokens, context_end, prefills, block_table, window,
-    pages_per_block, means, variances, counts,
+    queries, request, token_start, num_tokens, context_end, prefills, block_table, window, page,
+    means, variances, counts,
 ):  # fmt: skip
-    """Writes the state after every window of a prompt and at the start of every decoded block."""
+    """Goes on from what each window finds, and writes what it leaves."""
     _, heads, dim = queries.shape
     for head in prange(heads):
         mean, spread = np.empty(dim, dtype=np.float32), np.empty(dim, dtype=np.float32)
         for s in range(request.shape[0]):
-            first = context_end[s] - num_tokens[s]
-            if not prefills[s] and first % window > 0:
+            end = context_end[s]
+            before, here, also = carried(end - num_tokens[s], end, prefills[s], window, page)
+            if here == NOWHERE:
                 continue
-            block = first // window
-            here = block_table[request[s], block * pages_per_block]
+            pages = block_table[request[s]]
+            here, also = pages[here], pages[also]
             seen = np.float32(0)
-            if block > 0:
-                before = block_table[request[s], (block - 1) * pages_per_block]
+            if before != NOWHERE:
+                before = pages[before]
                 seen = counts[before, head]
                 means[here, head] = means[before, head]
                 variances[here, head] = variances[before, head]
             counts[here, head] = seen
-            if not prefills[s]:
-                continue
-            _moments(queries, token_start[s], num_tokens[s], head, mean, spread)
-            if not np.isfinite(spread.sum()):
-                continue
-            count = np.float32(num_tokens[s])
-            counts[here, head] = seen + count
-            if seen > 0:
-                _pool(seen, count, mean, spread, means[here, head], variances[here, head])
-            else:
-                means[here, head] = mean
-                variances[here, head] = spread / max(count - np.float32(1), np.float32(1))
+            if prefills[s]:
+                _moments(queries, token_start[s], num_tokens[s], head, mean, spread)
+                if np.isfinite(spread.sum()):
+                    count = np.float32(num_tokens[s])
+                    counts[here, head] = seen + count
+                    _pool(seen, count, mean, spread, means[here, head], variances[here, head])
+            if also != here:
+                counts[also, head] = counts[here, head]
+                means[also, head] = means[here, head]
+                variances[also, head] = variances[here, head]
 
 
 def pooled_reference(windows: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, float]:

@@ -19,7 +19,8 @@ from kvplug.policies import check
 from tests.cases import PolicyCase
 from tests.made_up import Attended, Piece, World, layer_shape, reader_of
 
-PAGE, WINDOW, BUDGET, HEADS = 8, 16, 6, 3
+PAGE, WINDOW, BUDGET, HEADS = 8, 32, 6, 3
+BLOCK = WINDOW // PAGE
 OPTIONS = {
     "sink": 10, "local": 20, "budget": BUDGET * PAGE, "window": WINDOW, "dense_below": 100,
 }  # fmt: skip
@@ -141,9 +142,12 @@ class Layers(World):
         return numbers
 
     def states(self, request: int, stop: int) -> torch.Tensor:
-        """``[blocks, L, 2]``: what every block of a request says of the layers."""
+        """``[windows, L, 2]``: what every window of a request says of the layers."""
         memory = density_of(self.layers[0]).all
-        return memory.means[self.pages_of[request][: -(-stop // PAGE) : WINDOW // PAGE]]
+        opening = self.pages_of[request][: -(-stop // PAGE) : BLOCK]
+        closing = self.pages_of[request][BLOCK - 1 : stop // PAGE : BLOCK]
+        whole = stop // WINDOW
+        return memory.means[closing[:whole] + opening[whole:]]
 
 
 def density_of(layer: LayerStages) -> LayerDensity:
@@ -276,13 +280,13 @@ def test_scores_that_are_not_numbers_leave_all_alike() -> None:
     assert made.states(1, PROMPT)[-1, :, 1].tolist() == [sparse, 0]
 
 
-def test_one_page_of_a_block_is_touched() -> None:
+def test_one_page_of_a_window_is_touched() -> None:
     made = layers()
-    made.prefill(1, PROMPT)
+    made.prefill(1, 640)
     memory = density_of(made.layers[0]).all
     touched = set(memory.means.flatten(1).any(1).nonzero().flatten().tolist())
-    assert touched <= set(made.pages_of[1][:: WINDOW // PAGE])
-    assert memory.nbytes() == made.num_pages / (WINDOW // PAGE) * 2 * 2 * 4
+    assert touched <= set(made.pages_of[1][BLOCK - 1 :: BLOCK])
+    assert memory.nbytes() == made.num_pages / BLOCK * 2 * 2 * 4
     assert density_of(made.layers[1]).nbytes() == 0
 
 

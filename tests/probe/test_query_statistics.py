@@ -11,7 +11,8 @@ from kvplug.probe.query_statistics import QueryStatistics, pooled_reference
 from tests.cases import PolicyCase
 from tests.made_up import HEAD_DIM, Piece, World
 
-PAGE, WINDOW, HEADS = 8, 16, 6
+PAGE, WINDOW, HEADS = 4, 16, 6
+BLOCK = WINDOW // PAGE
 CASE = PolicyCase("quest", {"probe": "activation"})
 State = tuple[torch.Tensor, ...]
 
@@ -34,13 +35,16 @@ class Watched(World):
         return next(m for m in self.layer.memories if isinstance(m, QueryStatistics))
 
     def after(self, request: int, position: int) -> State:
-        """Mean, variance and counts, where the block of ``position`` keeps them."""
-        page = self.pages_of[request][position // WINDOW * WINDOW // PAGE]
+        """Mean, variance and counts, after the window of ``position``, which may be unfinished."""
+        opening = position // WINDOW * BLOCK
+        last = opening + (BLOCK - 1 if position % WINDOW == WINDOW - 1 else 0)
+        page = self.pages_of[request][last]
         return tuple(tensor[page].clone() for tensor in self.memory.state)
 
     def chain(self, request: int, stop: int) -> list[State]:
-        """The state after every block of a request."""
-        return [self.after(request, position) for position in range(0, stop, WINDOW)]
+        """The state after every window of a request."""
+        ends = [min(first + WINDOW, stop) for first in range(0, stop, WINDOW)]
+        return [self.after(request, end - 1) for end in ends]
 
 
 def watched(shuffle: int = 0, dirt: float = 0.0) -> Watched:
@@ -79,8 +83,8 @@ def test_mean_and_variance_of_the_whole_prefix(stop: int, limit: int) -> None:
     made = watched()
     made.prefill(1, stop, limit)
     queries = prompt(made, 1, stop)
-    for position in range(0, stop, WINDOW):
-        assert_statistics_of(made.after(1, position), queries[: position + WINDOW])
+    for number, state in enumerate(made.chain(1, stop)):
+        assert_statistics_of(state, queries[: (number + 1) * WINDOW])
 
 
 @pytest.mark.parametrize("shift", [0.0, 1e3])
@@ -136,6 +140,7 @@ def test_decoding_hands_it_on(stop: int) -> None:
     replayed.run([Piece(1, stop, 101 - stop, False)], cached=False)
     for run in (made, replayed):
         assert equal(run.chain(1, 101)[stop // WINDOW :], [expected] * (7 - stop // WINDOW))
+        assert equal([run.after(1, 90)], [expected])  # where an unfinished window looks
 
 
 def test_the_next_turn_goes_on_from_there() -> None:
@@ -182,13 +187,30 @@ def test_a_bad_query_spoils_one_window_of_one_head(value: float, token: int) -> 
     assert_statistics_of(tuple(tensor[1:2] for tensor in found), kept[:, 1:2])
 
 
-def test_one_page_of_a_block_is_touched() -> None:
+@pytest.mark.parametrize("end", range(100, 113))
+def test_a_shorter_prompt_leaves_nothing_behind(end: int) -> None:
+    """Of prompts with a common prefix, the one that completed the window counts.
+
+    vLLM may find a window's first pages where it was left unfinished, and the others where not.
+    """
+    cold, made = watched(), watched()
+    cold.prefill(1, 160)
+    made.prefill(1, end)
+    short = made.pages_of[1][: end // PAGE]
+    made.pages_of[1] = short[: 96 // PAGE]
+    made.run([Piece(1, 96, 16, True)], cached=False)
+    made.pages_of[1][: len(short)] = short
+    made.run([Piece(1, 112, 48, True)], cached=False)
+    assert equal([made.after(1, 159)], [cold.after(1, 159)])
+
+
+def test_one_page_of_a_window_is_touched() -> None:
     """And its size says so."""
     made = watched()
     made.prefill(1, 640)
     touched = {
         page for page in range(made.num_pages) if any(t[page].any() for t in made.memory.state)
     }
-    assert touched == set(made.pages_of[1][:: WINDOW // PAGE])
-    per_block = HEADS * (2 * HEAD_DIM + 1) * 4
-    assert made.memory.nbytes() == made.num_pages / (WINDOW // PAGE) * per_block
+    assert touched == set(made.pages_of[1][BLOCK - 1 :: BLOCK])
+    per_window = HEADS * (2 * HEAD_DIM + 1) * 4
+    assert made.memory.nbytes() == made.num_pages / BLOCK * per_window
