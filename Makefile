@@ -28,9 +28,9 @@ demo: setup
 bench: setup
 	.venv/bin/kvplug bench
 
-# ARGS passes options on: make test ARGS='-k layout -x'
+# ARGS passes options on: make test ARGS='-k layout -x'. One test process a core; engines share one of them.
 test: setup
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest -n auto --dist loadgroup $(ARGS)
 
 check: setup
 	$(PY) -m ruff check .

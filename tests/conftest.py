@@ -35,7 +35,10 @@ def seed() -> int:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip tests marked ``gpu`` where there is no CUDA device."""
+    """Keep engines in one test process, and skip ``gpu`` tests where there is no CUDA device."""
+    for item in items:
+        if item.get_closest_marker("engine"):
+            item.add_marker(pytest.mark.xdist_group("engine"))
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if not marked:
         return

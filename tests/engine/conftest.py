@@ -17,6 +17,11 @@ CHILD = Path(__file__).with_name("child.py")
 Run = Callable[..., dict[str, Any]]
 
 
+def threads() -> str:
+    """Threads of an engine: all, or one where another test process has the other core."""
+    return "1" if "PYTEST_XDIST_WORKER" in os.environ else "2"
+
+
 def run_child(spec: dict[str, Any], **environment: str) -> subprocess.CompletedProcess[str]:
     """Runs one spec to its end, whatever that is."""
     return subprocess.run(
@@ -25,7 +30,13 @@ def run_child(spec: dict[str, Any], **environment: str) -> subprocess.CompletedP
         capture_output=True,
         text=True,
         timeout=600,
-        env={**os.environ, "OMP_NUM_THREADS": "2", "VLLM_LOGGING_LEVEL": "WARNING", **environment},
+        env={
+            **os.environ,
+            "OMP_NUM_THREADS": threads(),
+            "NUMBA_NUM_THREADS": threads(),
+            "VLLM_LOGGING_LEVEL": "WARNING",
+            **environment,
+        },
     )
 
 
