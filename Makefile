@@ -28,7 +28,7 @@ demo: setup
 bench: setup
 	.venv/bin/kvplug bench
 
-# ARGS passes options on: make test ARGS='-k layout -x'. One test process a core; engines share one of them.
+# ARGS passes options on: make test ARGS='-k layout -x'. One test process a core; engines of a file share one.
 test: setup
 	$(PY) -m pytest -n auto --dist loadgroup $(ARGS)
 

@@ -34,11 +34,12 @@ def seed() -> int:
     return SEED
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep engines in one test process, and skip ``gpu`` tests where there is no CUDA device."""
+    """Keep a file's engines together, and skip ``gpu`` tests where there is no CUDA device."""
     for item in items:
         if item.get_closest_marker("engine"):
-            item.add_marker(pytest.mark.xdist_group("engine"))
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if not marked:
         return
