@@ -28,9 +28,9 @@ demo: setup
 bench: setup
 	.venv/bin/kvplug bench
 
-# ARGS passes options on: make test ARGS='-k layout -x'. One test process a core; engines of a file share one.
+# ARGS passes options on: make test ARGS='-k layout -x'. One test process a core; a file's tests share one.
 test: setup
-	$(PY) -m pytest -n auto --dist loadgroup $(ARGS)
+	$(PY) -m pytest -n auto --dist loadfile $(ARGS)
 
 check: setup
 	$(PY) -m ruff check .

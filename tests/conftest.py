@@ -34,12 +34,8 @@ def seed() -> int:
     return SEED
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep a file's engines together, and skip ``gpu`` tests where there is no CUDA device."""
-    for item in items:
-        if item.get_closest_marker("engine"):
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+    """Skip tests marked ``gpu`` where there is no CUDA device."""
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if not marked:
         return
