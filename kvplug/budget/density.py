@@ -40,6 +40,7 @@ class Densities(Memory):
         shape = self.shape
         self.means = torch.zeros(shape.num_pages, shape.num_layers, 2)
         """``[pages, L, 2]``: mean, number of windows."""
+        self.host = self.means.numpy()
 
     @property
     def state(self) -> tuple[torch.Tensor, ...]:
@@ -63,7 +64,6 @@ class LayerDensity(Memory):
         """Finds the columns."""
         super().__init__(layer)
         self.all = layer.shared(Densities)
-        self._host = self.all.means.numpy()
 
     def watch(self, passage: Passage) -> None:
         """Hands on what is known to the step's windows."""
@@ -71,7 +71,7 @@ class LayerDensity(Memory):
         _hand_on(
             stream.request, stream.num_tokens, stream.context_end, passage.step.stream_prefills,
             passage.step.block_table_host, self.shape.window, self.shape.page, self.shape.rank,
-            self._host,
+            self.all.host,
         )  # fmt: skip
 
     def learn(
@@ -96,7 +96,7 @@ class LayerDensity(Memory):
         _learn(
             found.numpy(), stream.sparse, stream.request, stream.num_tokens, stream.context_end,
             step.stream_prefills, step.block_table_host, self.shape.window, self.shape.page,
-            self.shape.rank, self._host,
+            self.shape.rank, self.all.host,
         )  # fmt: skip
 
 

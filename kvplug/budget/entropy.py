@@ -70,12 +70,11 @@ class _Bound(EntropyBudget):
     ) -> None:
         """See :meth:`Budget.count`."""
         self.density.learn(scores, step, self.temperature, workspace)
-        shape, memory = self.density.shape, self.density.all
-        windows = step.stream
+        shape, windows = self.density.shape, step.stream
         _count(
             windows.sparse, windows.request, windows.num_tokens, windows.context_end,
             windows.far_begin, windows.far_end, step.stream_prefills, step.block_table_host,
-            shape.window, shape.page, shape.rank, memory.means.numpy(), counts.numpy(),
+            shape.window, shape.page, shape.rank, self.density.all.host, counts.numpy(),
         )  # fmt: skip
 
 

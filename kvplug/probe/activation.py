@@ -95,8 +95,7 @@ class _Bound(ActivationProbe):
         _weighted_means(
             queries.numel() // LANES * OPERATIONS, queries.numpy(), rows,
             windows.request, windows.token_start, windows.num_tokens, windows.context_end,
-            step.block_table_host, memory.shape.window, memory.shape.page,
-            memory.means.numpy(), memory.variances.numpy(), memory.counts.numpy(),
+            step.block_table_host, memory.shape.window, memory.shape.page, *memory.host,
             np.float32(self.warm_up * memory.shape.window), np.float32(self.sharpness),
             weights.numpy(), vectors.view(len(rows), heads, dim).numpy(),
         )  # fmt: skip

@@ -46,6 +46,8 @@ class QueryStatistics(Memory):
         """``[pages, H, D]``, unbiased; 0 where there is one query only."""
         self.counts = torch.zeros(shape.num_pages, shape.num_heads)
         """``[pages, H]`` queries seen."""
+        self.host = (self.means.numpy(), self.variances.numpy(), self.counts.numpy())
+        """The three as arrays."""
 
     @property
     def state(self) -> tuple[torch.Tensor, ...]:
@@ -63,7 +65,7 @@ class QueryStatistics(Memory):
             passage.queries.numel() // LANES * PASSES, passage.queries.numpy(),
             stream.request, stream.token_start, stream.num_tokens, stream.context_end,
             step.stream_prefills, step.block_table_host, self.shape.window, self.shape.page,
-            self.means.numpy(), self.variances.numpy(), self.counts.numpy(),
+            *self.host,
         )  # fmt: skip
 
 
