@@ -45,7 +45,9 @@ POLICY_CASES = [
     PolicyCase(
         "emllm", {"max_tokens": 32}, indexes_on_write=False, finds_a_key=False, one_list=True
     ),
-    PolicyCase("emllm", {"refine": "modularity", "contiguity": 0.0, "index": "minmax"}),
+    PolicyCase(
+        "emllm", {"refine": "modularity", "min_tokens": 2, "contiguity": 0.0, "index": "minmax"}
+    ),
     PolicyCase("infllm", {}, indexes_on_write=False, finds_a_key=False, one_list=True),
     PolicyCase("infllm", {"heads": "each"}, indexes_on_write=False, finds_a_key=False),
     PolicyCase("hax", {}, indexes_on_write=False, finds_a_key=False),

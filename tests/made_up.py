@@ -142,7 +142,10 @@ class World:
         while len(mine) * self.page < stop:
             mine.append(self._free.pop())
         positions = torch.arange(start, stop)
-        return torch.tensor(mine, dtype=torch.int64)[positions // self.page] * self.page + positions % self.page
+        return (
+            torch.tensor(mine, dtype=torch.int64)[positions // self.page] * self.page
+            + positions % self.page
+        )
 
     def write(self, request: int, start: int, stop: int) -> None:
         """Writes a request's keys, as a step that computes them does."""

@@ -161,7 +161,7 @@ def test_sinks_are_rounded_up_and_budgets_down(sink: int, page: int, pages: int)
 @pytest.mark.parametrize(
     ("name", "options", "words"),
     [
-        ("simhsh", {}, r"Unknown policy 'simhsh': did you mean 'simhash'\? valid names: actqkv, dense, "),
+        ("simhsh", {}, r"Unknown policy 'simhsh': did you mean 'simhash'\? valid names: actqkv, "),
         ("QUEST", {}, "Unknown policy 'QUEST': .*quest"),
         ("", {}, "valid names"),
         ("simhash", {"lst": 2}, "option 'lst' of policy 'simhash': did you mean 'last'"),

@@ -212,3 +212,31 @@ def test_a_config_without_a_model_is_left_alone() -> None:
     config.model_config = None
     adopt(config)
     assert config.cache_config.block_size == 128
+
+
+@pytest.mark.parametrize(
+    ("refine", "changed", "words"),
+    [
+        ("none", "parallel_config.pipeline_parallel_size", "--pipeline-parallel-size 1"),
+        ("none", "lora_config", "LoRA adapters"),
+        ("none", "use_v2_model_runner", "V2 model runner"),
+        ("modularity", "parallel_config.tensor_parallel_size", "refine none"),
+    ],
+)
+def test_engines_that_surprise_cannot_serve(refine: str, changed: str, words: str) -> None:
+    """Others can: the model's output matters to no recipe but those that learn from it."""
+
+    def config(options: dict[str, Any]) -> SimpleNamespace:
+        made = engine(options)
+        made.parallel_config.pipeline_parallel_size = 1
+        made.lora_config, made.use_v2_model_runner = None, False
+        return made
+
+    options = {"policy": "emllm", "options": {"refine": refine}}
+    adopt(config(options))
+    refused, served = config(options), config({"policy": "simhash"})
+    section, _, name = changed.rpartition(".")
+    for made in (refused, served):
+        setattr(getattr(made, section) if section else made, name, 2)
+    assert words in refusal(refused)
+    adopt(served)

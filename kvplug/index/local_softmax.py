@@ -74,18 +74,22 @@ def page_logits(rows, visible, keys, places, logits):  # type: ignore[no-untyped
 def _fill_tile(keys, places, first, stop, tile):  # type: ignore[no-untyped-def]
     """``tile[:, t] = key first + t`` of the context, up to key ``stop``."""
     dim, page = keys.shape[1:]
-    run = LANES if page % LANES == 0 else 1
-    for column in range(0, min(TILE, stop - first), run):
-        offset = (first + column) % page
-        source = keys[places[(first + column) // page]]
-        if run == 1:
+    column = 0
+    while column < min(TILE, stop - first):
+        source, offset = keys[places[(first + column) // page]], (first + column) % page
+        width = min(page - offset, TILE - column)
+        if width % LANES != 0:
             for d in range(dim):
-                tile[d, column] = source[d, offset]
-            continue
-        for d in range(dim):
-            here, there = source[d, offset : offset + LANES], tile[d, column : column + LANES]
-            for lane in range(LANES):
-                there[lane] = here[lane]
+                for t in range(width):
+                    tile[d, column + t] = source[d, offset + t]
+        else:
+            for d in range(dim):
+                for t in range(0, width, LANES):
+                    here = source[d, offset + t : offset + t + LANES]
+                    there = tile[d, column + t : column + t + LANES]
+                    for lane in range(LANES):
+                        there[lane] = here[lane]
+        column += width
 
 
 @njit(cache=True, fastmath={"contract"})

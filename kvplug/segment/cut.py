@@ -1,8 +1,10 @@
 """From surprises to event starts: threshold, refinement, shortest event, page edges.
 
 A token begins an event where its surprise exceeds ``mu + gamma * sigma`` of the tokens before its
-window. Windows lie at absolute places in the request and only look back, so the result is the same
-however the scheduler cuts the prompt.
+window. Windows lie at absolute places in the request, so the result is the same however the
+scheduler cuts the prompt. And what is found on a page follows from the tokens up to the page's end:
+vLLM's prefix cache knows no more of a page than that, and may put together pages of several
+requests, of which some ended where others went on.
 """
 
 from __future__ import annotations
@@ -15,6 +17,9 @@ from numba import njit, prange
 
 from kvplug.compiled import compiled
 from kvplug.segment.refine import best_split, best_split_reference
+
+BEGINS, SURPRISES = 1, 2
+"""Marks of a token: an event begins here; the surprise that made one did, before refinement."""
 
 
 class Cutting(NamedTuple):
@@ -65,8 +70,8 @@ def cut_events(  # type: ignore[no-untyped-def]
             mine = new[offset[w] : offset[w + 1]]
             pages, begin = block_table[request[w]], first[w]
             _store(mine, begin, pages, surprise)
-            limit = _limit(cutting, mine, begin, pages, surprise)
-            _mark(cutting, limit, mine, begin, pages, sums[w], sums_first[w], boundary)
+            past = _past(cutting, begin, pages, surprise)
+            _mark(cutting, past, mine, begin, pages, sums[w], sums_first[w], boundary)
             _flag(begin, begin + mine.shape[0], pages, boundary, starts)
 
 
@@ -79,15 +84,14 @@ def _store(mine, begin, pages, surprise):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True)
-def _limit(cutting, mine, begin, pages, surprise):  # type: ignore[no-untyped-def]
-    """``mu + gamma * sigma`` of the history, or of the window itself where there is none."""
+def _past(cutting, begin, pages, surprise):  # type: ignore[no-untyped-def]
+    """The surprises of the history before a window."""
     page = surprise.shape[1]
     start = max(begin - cutting.history, 0)
     past = np.empty(begin - start, dtype=np.float32)
     for i in range(begin - start):
         past[i] = surprise[pages[(start + i) // page], (start + i) % page]
-    limit = _threshold(past, cutting.gamma)
-    return limit if limit == limit else _threshold(mine, cutting.gamma)
+    return past
 
 
 @njit(cache=True)
@@ -110,32 +114,84 @@ def _threshold(values, gamma):  # type: ignore[no-untyped-def]
 
 @njit(cache=True)
 def _mark(  # type: ignore[no-untyped-def]
-    cutting, limit, mine, begin, pages, sums, sums_first, boundary
+    cutting, past, mine, begin, pages, sums, sums_first, boundary
 ):
-    """Marks the tokens of a window that begin events."""
+    """Marks the tokens of a window that begin events.
+
+    Without a history, as in a request's first window, a page is measured by the window up to the
+    page's end.
+    """
     page, end = boundary.shape[1], begin + mine.shape[0]
-    last = begin - 1
-    lowest = max(begin - max(cutting.least, cutting.most), 0)
-    while last > lowest and boundary[pages[last // page], last % page] == 0:
-        last -= 1
-    last = max(last, 0)  # a request begins an event
+    limit = _threshold(past, cutting.gamma)
+    has_past = limit == limit
+    back = max(cutting.least, cutting.most)
+    last = _last(begin, back, pages, boundary, BEGINS)
+    spike = _last(begin, back, pages, boundary, BEGINS | SURPRISES)
     for i in range(mine.shape[0]):
         token = begin + i
-        if not mine[i] > limit or token - last < cutting.least:
+        page_begin = token // page * page
+        page_end = min(page_begin + page, end)
+        if not has_past and token == page_begin:
+            limit = _threshold(mine[: page_end - begin], cutting.gamma)
+        if not mine[i] > limit or token - spike < cutting.least:
             continue
+        spike = token
         if cutting.metric:
-            before = max(last, token - cutting.most)
-            half = (token - before) // 2
-            low = max(before - half, sums_first)
-            high = min(token + half, end)
-            candidate = max(before + cutting.least, begin)
-            if low < candidate and candidate < token:
-                token = sums_first + best_split(
-                    sums, low - sums_first, high - sums_first,
-                    candidate - sums_first, token - sums_first, cutting.metric,
-                )  # fmt: skip
-        boundary[pages[token // page], token % page] = 1
-        last = token
+            last = _refined(cutting, token, last, page_begin, page_end, sums, sums_first)
+            boundary[pages[token // page], token % page] |= SURPRISES
+        else:
+            last = token
+        boundary[pages[last // page], last % page] |= BEGINS
+
+
+@njit(cache=True)
+def _last(begin, back, pages, boundary, which):  # type: ignore[no-untyped-def]
+    """The last token before ``begin`` with one of these marks, at most ``back`` tokens away."""
+    page = boundary.shape[1]
+    token, lowest = begin - 1, max(begin - back, 0)
+    while token > lowest and not boundary[pages[token // page], token % page] & which:
+        token -= 1
+    return max(token, 0)  # a request begins an event
+
+
+@njit(cache=True)
+def _refined(  # type: ignore[no-untyped-def]
+    cutting, token, last, page_begin, page_end, sums, sums_first
+):
+    """Where the event of a surprising token begins; see :func:`split_range`."""
+    begin, end, first = split_range(cutting, token, last, page_begin, page_end)
+    if first >= token:
+        return token
+    return sums_first + best_split(
+        sums, begin - sums_first, end - sums_first, first - sums_first, token - sums_first,
+        cutting.metric,
+    )  # fmt: skip
+
+
+@njit(cache=True)
+def split_range(cutting, token, last, page_begin, page_end):  # type: ignore[no-untyped-def]
+    """The tokens to split in two, and the first candidate.
+
+    As the paper has it, from half an event before the last boundary to half an event behind the
+    token, an event being what lies between the two. Where the page ends before, the event is taken
+    to be that much shorter: modularity favours halves of equal weight, and would otherwise split
+    the longer side.
+
+    Args:
+        cutting: Lengths.
+        token: The surprising token.
+        last: Where the last event begins.
+        page_begin: First token of the page.
+        page_end: Behind the last token that may be looked at.
+
+    Returns:
+        First token; the one behind the last; first candidate, after the token if there is none.
+    """
+    before = max(last, token - cutting.most)
+    half = min((token - before) // 2, page_end - token)
+    before = max(before, token - 2 * half)
+    begin = max(before - half, 0)
+    return begin, token + half, max(before + cutting.least, page_begin, begin + 1)
 
 
 @njit(cache=True)
@@ -146,14 +202,14 @@ def _flag(begin, end, pages, boundary, starts):  # type: ignore[no-untyped-def]
     for n in range(begin // page, (end + page - 1) // page):
         found = 0
         for token in range(max(n * page - half, 0), min(n * page - half + page, end)):
-            found |= boundary[pages[token // page], token % page]
+            found |= boundary[pages[token // page], token % page] & BEGINS
         starts[pages[n]] = found
 
 
 def boundaries_reference(
     surprise: torch.Tensor, window: int, cutting: Cutting, keys: torch.Tensor, metric: str
 ) -> list[int]:
-    """Twin of :func:`cut_events` in plain torch, for a whole prompt.
+    """Twin of :func:`cut_events` in plain torch, for a whole prompt, page by page.
 
     Args:
         surprise: ``[T]``.
@@ -166,25 +222,24 @@ def boundaries_reference(
         The tokens that begin events, position 0 aside, ascending.
     """
     found: list[int] = []
-    for begin in range(0, len(surprise), window):
-        mine = surprise[begin : begin + window].double()
-        past = surprise[max(begin - cutting.history, 0) : begin].double()
-        known = [part[~part.isnan()] for part in (past, mine)]
+    spike = 0
+    for begin in range(0, len(surprise), cutting.page):
+        end = min(begin + cutting.page, len(surprise))
+        opening = begin // window * window
+        past = surprise[max(opening - cutting.history, 0) : opening].double()
+        known = [part[~part.isnan()] for part in (past, surprise[opening:end].double())]
         known = [part for part in known if len(part) > 1]
         if not known:
             continue
         limit = float(known[0].mean() + cutting.gamma * known[0].std())
-        for token in (begin + (mine > limit).nonzero().flatten()).tolist():
-            last = found[-1] if found else 0
-            if token - last < cutting.least:
+        for token in (begin + (surprise[begin:end] > limit).nonzero().flatten()).tolist():
+            if token - spike < cutting.least:
                 continue
-            before, end = max(last, token - cutting.most), begin + len(mine)
-            half = (token - before) // 2
-            low, high = max(before - half, 0), min(token + half, end)
-            candidate = max(before + cutting.least, begin)
-            chosen = token
-            if metric != "none" and low < candidate < token:
-                chosen = best_split_reference(keys, low, high, candidate, token, metric)
+            spike = chosen = token
+            last = found[-1] if found else 0
+            low, high, first = split_range(cutting, token, last, begin, end)
+            if metric != "none" and first < token:
+                chosen = best_split_reference(keys, low, high, first, token, metric)
             found.append(chosen)
     return found
 

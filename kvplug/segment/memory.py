@@ -14,6 +14,7 @@ class SurpriseMemory(Memory):
 
     The last serves the first token of the next step's window, and of a request that enters behind
     a prefix hit: its surprise follows from the hidden state before it, which nobody computes again.
+    It lies on the window's last page: who finds that page cached has all of the window.
     """
 
     def __init__(self, layer: Layer) -> None:
@@ -23,11 +24,11 @@ class SurpriseMemory(Memory):
         self.surprise = torch.full(shape, torch.nan)
         """``[pages, P]`` float32, nats; NaN where unknown, as for decoded tokens."""
         self.boundary = torch.zeros(shape, dtype=torch.uint8)
-        """``[pages, P]``: 1 where an event begins, to the token."""
+        """``[pages, P]``: marks of :mod:`kvplug.segment.cut`, of events to the token."""
         self.known = torch.zeros(shape[0], dtype=torch.uint8)
-        """``[pages]``: 1 where a window begins whose last hidden state is in ``hidden``."""
+        """``[pages]``: 1 where a window of a prompt ends whose last state is in ``hidden``."""
         self.hidden: torch.Tensor | None = None
-        """``[pages, hidden_size]``, on a window's first page; rows of other pages are never
+        """``[pages, hidden_size]``, on a window's last page; rows of other pages are never
         touched. None before the first step, which tells size and type."""
         self._host = self.surprise.numpy(), self.boundary.numpy(), self.known.numpy()
 
@@ -39,7 +40,7 @@ class SurpriseMemory(Memory):
         """Keeps the hidden states at the ends of windows.
 
         Args:
-            pages: ``[n]`` int64, first page of each window.
+            pages: ``[n]`` int64, last page of each window.
             hidden: ``[T, hidden_size]``.
             rows: ``[n]`` int64, each window's last token.
         """

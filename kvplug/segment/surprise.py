@@ -8,11 +8,12 @@ Where this differs:
 - Events are page ranges: a boundary counts at the nearest page edge, and no event is shorter than
   a page.
 - Mean and deviation are those of the ``history`` tokens before the token's window, windows lying
-  at absolute multiples of ``window``; the first window takes its own. (The authors: about 3,500
-  tokens before the current chunk, whatever its size.)
-- Refinement compares keys after the rotary embedding, of the last layer that retrieves, and cannot
-  move a boundary out of its own window; the tokens behind the window's end are not seen. The
-  surprising token itself is a candidate.
+  at absolute multiples of ``window``; in the first window, of the tokens up to the end of the
+  token's page. (The authors: about 3,500 tokens before the current chunk, whatever its size; the
+  first chunk takes its own.)
+- Refinement compares keys after the rotary embedding, of the last layer that retrieves. It cannot
+  move a boundary out of its page and does not see what lies behind the page, for pages are shared
+  between requests. The surprising token itself is a candidate.
 - Decoded tokens have no surprise; what was decoded is cut into events of ``max_tokens``.
 """
 
@@ -50,7 +51,7 @@ class Surprise(Segment):
     needs_logits = True
 
     gamma: float = 1.0
-    """Standard deviations above the mean surprise that make a boundary; infinity for none."""
+    """Standard deviations above the mean surprise that make a boundary; very many for none."""
     history: int = 4096
     """Tokens before a window over which mean and deviation are taken."""
     min_tokens: int = 8
@@ -144,8 +145,7 @@ class SurpriseSegmenter(Segmenter):
         opening = torch.from_numpy(prompts.offset[heads].astype(np.int64))
         position = prompts.first[heads]
         earlier = step.block_table_host[
-            prompts.request[heads],
-            np.maximum(position - self._window, 0) // memory.shape.page,
+            prompts.request[heads], np.maximum(position - 1, 0) // memory.shape.page
         ].astype(np.int64)
         known = torch.from_numpy((position > 0) & (position % self._window == 0))
         known &= memory.known[earlier] == 1
@@ -158,9 +158,10 @@ class SurpriseSegmenter(Segmenter):
 
     def _remember(self, hidden: torch.Tensor, prompts: Prompts, step: Step) -> None:
         """Keeps the hidden state at the end of every window that is complete."""
-        whole = np.flatnonzero((prompts.first + prompts.tokens) % self._window == 0)
-        begin = (prompts.first + prompts.tokens)[whole] - self._window
-        pages = step.block_table_host[prompts.request[whole], begin // self.memory.shape.page]
+        end = prompts.first + prompts.tokens
+        whole = np.flatnonzero(end % self._window == 0)
+        last = (end[whole] - 1) // self.memory.shape.page
+        pages = step.block_table_host[prompts.request[whole], last]
         rows = prompts.places[prompts.offset[1:][whole] - 1]
         self.memory.remember(
             torch.from_numpy(pages.astype(np.int64)), hidden, torch.from_numpy(rows)

@@ -10,6 +10,7 @@ import torch
 
 from kvplug.pages import PageGeometry
 from kvplug.segment.base import EventStarts, Segmenter
+from kvplug.segment.cut import BEGINS
 from kvplug.segment.memory import SurpriseMemory
 from kvplug.segment.surprise import Surprise
 from kvplug.stage import Layer
@@ -110,7 +111,7 @@ class Cache:
         """Surprises, boundary tokens and event starts of a request's tokens."""
         surprise = self.memory.surprise[pages].flatten()[:tokens]
         boundary = self.memory.boundary[pages].flatten()[:tokens]
-        return surprise, marked(boundary), marked(self.events.starts[pages])
+        return surprise, marked(boundary & BEGINS), marked(self.events.starts[pages])
 
 
 def marked(flags: torch.Tensor) -> list[int]:
