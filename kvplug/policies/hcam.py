@@ -11,7 +11,11 @@ prefill windows are probed by the mean query of each query head. The paper's out
 by the softmax of their summaries, is the option ``merge: "coarse"``; by default one softmax over
 everything attended weighs them. ``coarse`` counts a page as ``tokens * exp(logit of the mean)``,
 which under-counts a page whose keys differ, so it is not dense attention even where every page is
-selected.
+selected. It is a mode for research, and slow (:mod:`kvplug.attention.attend.coarse`).
+
+A mean says little of one key among many that differ: of a page of 32 unlike keys, one that matches
+the query moves the page's score by a 32nd of its own, of a chunk's by a 256th. The method is for
+contexts whose pages are about something.
 """
 
 from __future__ import annotations
