@@ -43,6 +43,24 @@ def test_a_prefix_hit_is_as_good_as_a_cold_run() -> None:
     assert [t for t in a[1] if t >= shared]
 
 
+def test_a_hit_may_join_pages_of_several_requests() -> None:
+    """A shorter prompt's part of a window, then the rest from one that went on."""
+    surprise, whole = surprises(6), 4 * WINDOW
+    cold, warm = Cache(gamma=0.5), Cache(gamma=0.5)
+    pages = dealt(LENGTH)
+    cold.prefill(surprise, pages, WINDOW)
+    spare = [page for page in dealt(10_000) if page not in pages]
+    short, longer = spare[: len(pages)], spare[len(pages) : 2 * len(pages)]
+    warm.prefill(surprise[: whole - WINDOW + PAGE], short, 2 * WINDOW)
+    warm.prefill(surprise[: whole + 1], longer, 2 * WINDOW)
+    inside = (whole - WINDOW) // PAGE + 1
+    joined = [*short[:inside], *longer[inside : whole // PAGE], *pages[whole // PAGE :]]
+    warm.prefill(surprise, joined, 2 * WINDOW, start=whole)
+    a, b = cold.learnt(pages, LENGTH), warm.learnt(joined, LENGTH)
+    assert torch.equal(a[0][1:], b[0][1:])
+    assert a[1:] == b[1:]
+
+
 def test_decoded_tokens_have_no_surprise() -> None:
     """Nor has the first token behind a block that decoding filled."""
     cache, pages, surprise = Cache(), dealt(LENGTH), torch.full((LENGTH,), 0.5)
