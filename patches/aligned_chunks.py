@@ -61,6 +61,7 @@ def _wrap_init(original: Callable[..., Any]) -> Callable[..., Any]:
             setattr(self, LIMIT, limit)
             margin = stages.hit_margin(config.local, config.window)
             setattr(self.kv_cache_manager, whole_hits.WINDOW, config.window)
+            setattr(self.kv_cache_manager.coordinator, whole_hits.WINDOW, config.window)
             setattr(self.kv_cache_manager, whole_hits.MARGIN, margin)
             self.need_mamba_block_aligned_split = True
 

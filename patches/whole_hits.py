@@ -1,9 +1,12 @@
-"""Ends prefix hits at whole, finished windows.
+"""Ends prefix hits at whole, finished windows, each of them cached in one piece.
 
 A hit that ends inside a window would leave a part of it to be probed with other queries than the
 whole one. And some recipes complete what they store for a page from later queries, up to the size
 of the local region (InfLLM's accumulated attention, say): the last pages of a cached prefix then
 depend on how the request that left them went on, and a hit must end before them.
+
+Pages are cached window by window: those of a prompt's partial last window were probed as such, and
+must not become the beginning of another request's whole one.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ from typing import Any
 from kvplug.patches.record import Patch
 
 WINDOW = "kvplug_window"
-"""Attribute of a cache manager that serves kvplug: tokens of a window."""
+"""Attribute of a cache manager and its coordinator that serve kvplug: tokens of a window."""
 MARGIN = "kvplug_margin"
 """Another: tokens, in whole windows, by which a hit ends before the cached prefix does."""
 
@@ -39,7 +42,26 @@ def _wrap(original: Callable[..., Any]) -> Callable[..., Any]:
     return get_computed_blocks
 
 
+def _wrap_cache(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def cache_blocks(self: Any, request: Any, num_computed_tokens: int) -> None:
+        window = getattr(self, WINDOW, None) or 1
+        original(self, request, num_computed_tokens // window * window)
+
+    return cache_blocks
+
+
 PATCHES = [
+    Patch(
+        target="vllm.v1.core.kv_cache_coordinator:KVCacheCoordinator.cache_blocks",
+        vllm=">=0.32,<0.33",
+        why="Pages of a partial window would be shared as the beginning of a whole one, which was "
+        "probed with other queries.",
+        upstream="https://github.com/vllm-project/vllm/issues/57566",
+        remove_when="An attention backend can say in what units a prefix may be cached.",
+        fingerprint="8a801b2adf06ab1a",
+        wrap=_wrap_cache,
+    ),
     Patch(
         target="vllm.v1.core.kv_cache_manager:KVCacheManager.get_computed_blocks",
         vllm=">=0.32,<0.33",
@@ -50,5 +72,5 @@ PATCHES = [
         remove_when="An attention backend can say how much of a cached prefix it can reuse.",
         fingerprint="77f434d88d573bfe",
         wrap=_wrap,
-    )
+    ),
 ]

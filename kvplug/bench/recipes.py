@@ -56,6 +56,15 @@ class Recipe(NamedTuple):
 
 CONFIGURATIONS: tuple[Recipe, ...] = (
     Recipe(
+        "actqkv-hash",
+        {
+            "policy": "actqkv",
+            "options": {"index": "simhash", "probe": ["activation", "last_activated"]},
+        },
+        "A page's representative keys do not hold the one key that is asked for, hashes of every "
+        "key do; and a mean of 256 queries, however weighed, is not the question, the last are.",
+    ),
+    Recipe(
         "emllm-hash",
         {"policy": "emllm", "options": {"index": "simhash", "probe": "last_activated"}},
         "A page's representative keys are those that its neighbours attended to, and the one key "

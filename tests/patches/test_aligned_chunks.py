@@ -92,7 +92,7 @@ class Scheduler:
 
     def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
         self.need_mamba_block_aligned_split = False
-        self.kv_cache_manager = SimpleNamespace()
+        self.kv_cache_manager = SimpleNamespace(coordinator=SimpleNamespace())
         self.rest = (args, kwargs)
 
     def _mamba_block_aligned_split(

@@ -73,3 +73,21 @@ def test_no_hit_stays_none() -> None:
 def test_others_are_left_alone() -> None:
     manager = Manager()
     assert get_computed_blocks(manager, REQUEST) == manager.get_computed_blocks(REQUEST)
+
+
+@pytest.mark.parametrize(
+    ("window", "computed", "cached"),
+    [(None, 300, 300), (256, 300, 256), (256, 256, 256), (256, 255, 0), (64, 700, 640)],
+)
+def test_windows_are_cached_in_one_piece(window: int | None, computed: int, cached: int) -> None:
+    found = []
+
+    class Coordinator:
+        def cache_blocks(self, request: Any, num_computed_tokens: int) -> None:
+            found.append((request, num_computed_tokens))
+
+    coordinator = Coordinator()
+    if window is not None:
+        setattr(coordinator, whole_hits.WINDOW, window)
+    whole_hits._wrap_cache(Coordinator.cache_blocks)(coordinator, "r", computed)
+    assert found == [("r", cached)]
