@@ -1,10 +1,9 @@
-"""Surprise in a real engine: it finds planted boundaries, and prefill stays nearly as fast."""
+"""Surprise in a real engine: it finds planted boundaries."""
 
 from __future__ import annotations
 
 import json
 import os
-import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +16,7 @@ from kvplug.models.glued import GluedDocument, glued_document
 pytestmark = pytest.mark.engine
 CHILD = Path(__file__).with_name("event_child.py")
 CONTEXT, PAGE, NEAR = 32_768, 32, 8
-REPEATS = 3
+REPEATS = 1
 
 
 @pytest.fixture(scope="module")
@@ -32,10 +31,10 @@ def served(recall_model: str, document: GluedDocument) -> dict[str, dict[str, An
     return {
         name: prefill(recall_model, document.token_ids, options)
         for name, options in {
-            "surprise": {}, "modularity": {"refine": "modularity"},
+            "surprise": {},
             "uniform": {"segment": "uniform"},
         }.items()
-    }  # fmt: skip
+    }
 
 
 def prefill(model: str, ids: list[int], options: dict[str, Any]) -> dict[str, Any]:
@@ -50,7 +49,7 @@ def prefill(model: str, ids: list[int], options: dict[str, Any]) -> dict[str, An
     }  # fmt: skip
     done = subprocess.run(
         [sys.executable, str(CHILD)], input=json.dumps(spec), capture_output=True, text=True,
-        timeout=900, env={**os.environ, "OMP_NUM_THREADS": "2", "VLLM_LOGGING_LEVEL": "WARNING"},
+        timeout=900, env={**os.environ, "OMP_NUM_THREADS": "1", "VLLM_LOGGING_LEVEL": "WARNING"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     result: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
@@ -79,15 +78,3 @@ def test_planted_boundaries_are_found(served: Any, document: GluedDocument) -> N
     edges = sorted({(seam + PAGE // 2) // PAGE for seam in document.seams})
     assert f1(found["starts"], edges, 0) >= 0.9
     assert served["uniform"]["boundaries"] == []
-
-
-def test_refinement_keeps_them(served: Any, document: GluedDocument) -> None:
-    """The surprising token is the true edge here, and the keys say so too."""
-    assert f1(served["modularity"]["boundaries"], document.seams, NEAR) >= 0.9
-
-
-def test_prefill_with_surprise_costs_little(served: Any) -> None:
-    """Medians of 3 are reported; the fastest of 3 is what a busy machine disturbs least."""
-    seconds = {name: result["seconds"] for name, result in served.items()}
-    print({name: statistics.median(each) for name, each in seconds.items()})
-    assert min(seconds["surprise"]) <= 1.3 * min(seconds["uniform"])
