@@ -19,7 +19,7 @@ from kvplug.errors import KvplugError, nearest_name
 from kvplug.index.base import Index, PageIndex
 from kvplug.index.local_mass import LocalMass
 from kvplug.index.sealing import Seals
-from kvplug.numeric import from_bfloat16, to_bfloat16
+from kvplug.numeric import dot_bfloat16, from_bfloat16, to_bfloat16
 from kvplug.stage import Layer, Passage
 
 if TYPE_CHECKING:
@@ -27,7 +27,9 @@ if TYPE_CHECKING:
     from kvplug.step import Step
 
 LANES = 16
-"""Partial sums of a dot product."""
+"""Floats in a vector register, to estimate work."""
+PAGES_PER_TASK = 256
+"""Pages scored by one thread at a time."""
 CHOICES = {"metric": ("dot", "cosine"), "heads": ("each", "all"), "reduce": ("sum", "max")}
 
 
@@ -118,7 +120,7 @@ class RepresentativeIndex(PageIndex):
         )  # fmt: skip
 
     def score(self, probes: Probes, step: Step, scores: torch.Tensor) -> None:
-        """See :meth:`PageIndex.score`; pages of unranked scores, as of NaN keys, get -inf."""
+        """See :meth:`PageIndex.score`."""
         windows, options = step.windows, self._options
         most, dim = probes.vectors.shape[2:]
         per_page = (1 if options.reduce == "sum" else most) + 1
@@ -176,80 +178,81 @@ def _score_representatives(  # type: ignore[no-untyped-def]
     vectors, probes, counts, rows, request, far_begin, far_end, block_table,
     cosine, all_heads, add_probes, scale, scores,
 ):  # fmt: skip
-    """Scores every page for every KV head; then, for ``all_heads``, the sum for each of them."""
+    """Scores every page for every KV head, or for ``all_heads`` by the sum over them."""
     num_kv_heads, dim = vectors.shape[1:]
+    most = 1 if add_probes else probes.shape[2]
+    ready = np.empty((rows.shape[0], num_kv_heads, most, dim), dtype=np.float32)
     for task in prange(rows.shape[0] * num_kv_heads):
         w, head = task // num_kv_heads, task % num_kv_heads
-        row = rows[w]
-        ready = _scaled_probes(probes[w, head, : counts[w]], cosine, add_probes, scale)
-        pages = block_table[request[row], far_begin[row] : far_end[row]]
-        lanes = np.empty(LANES, dtype=np.float32)
-        key = np.empty(dim, dtype=np.float32)
+        _scale_probes(probes[w, head], counts[w], cosine, add_probes, scale, ready[w, head])
+    blocks = (scores.shape[2] + PAGES_PER_TASK - 1) // PAGES_PER_TASK
+    for task in prange(rows.shape[0] * blocks):
+        w, first = task // blocks, task % blocks * PAGES_PER_TASK
+        row, count = rows[w], 1 if add_probes else counts[w]
+        pages = block_table[request[row], far_begin[row] + first : far_end[row]][:PAGES_PER_TASK]
+        out = scores[w, :, first : first + pages.shape[0]]
+        # Slices of the last but one dimension would hide from the compiler that rows have no gaps.
+        _score_block(ready[w], count, vectors, pages, cosine, all_heads, out)
+
+
+@njit(cache=True)
+def _score_block(  # type: ignore[no-untyped-def]
+    probes, count, vectors, pages, cosine, all_heads, scores
+):
+    """``scores [Hk, n]`` of physical ``pages [n]``: a head's largest product with a page.
+
+    A score is NaN only where every product is, so that the pipeline can tell.
+    """
+    for head in range(scores.shape[0]):
+        mine, out = probes[head], scores[head]
         for n in range(pages.shape[0]):
             bits = vectors[pages[n], head]
-            for d in range(dim):
-                key[d] = from_bfloat16(bits[d])
-            best = np.float32(-np.inf)
-            for r in range(ready.shape[0]):
-                value = _dot(ready[r], key, lanes)
-                best = value if value > best else best
-            if cosine:
-                best *= _inverse_norm(key, lanes)
-            scores[w, head, n] = best
+            best = dot_bfloat16(mine[0], bits)
+            for r in range(1, count):
+                product = dot_bfloat16(mine[r], bits)
+                best = product if product > best or best != best else best
+            out[n] = best
+        if cosine:
+            for n in range(pages.shape[0]):
+                out[n] *= _inverse_root(_square_bfloat16(vectors[pages[n], head]))
     if all_heads:
-        for w in prange(rows.shape[0]):
-            _add_heads(scores[w, :, : far_end[rows[w]] - far_begin[rows[w]]])
+        total = scores[0]
+        for head in range(1, scores.shape[0]):
+            total += scores[head]
+        for head in range(1, scores.shape[0]):
+            scores[head] = total
 
 
 @njit(cache=True)
-def _add_heads(scores):  # type: ignore[no-untyped-def]
-    """Every row of ``scores [Hk, N]`` becomes their sum."""
-    total = scores[0]
-    for head in range(1, scores.shape[0]):
-        for n in range(scores.shape[1]):
-            total[n] += scores[head, n]
-    for head in range(1, scores.shape[0]):
-        scores[head] = total
-
-
-@njit(cache=True)
-def _scaled_probes(probes, cosine, add, scale):  # type: ignore[no-untyped-def]
-    """``probes [R, D]`` times ``scale``, or of length one; with ``add``, their sum ``[1, D]``.
+def _scale_probes(probes, count, cosine, add, scale, ready):  # type: ignore[no-untyped-def]
+    """``ready`` = ``probes [R, D]`` times ``scale``, or of length one; or, to ``add``, their sum.
 
     The sum of dot products is the dot product with the sum.
     """
-    count, dim = probes.shape
-    lanes = np.empty(LANES, dtype=np.float32)
-    ready = np.zeros((1 if add else count, dim), dtype=np.float32)
+    if add:
+        ready[:] = 0
     for r in range(count):
-        factor = _inverse_norm(probes[r], lanes) if cosine else scale
-        target = ready[0 if add else r]
-        for d in range(dim):
-            target[d] += probes[r, d] * factor
-    return ready
+        factor = _inverse_root((probes[r] * probes[r]).sum()) if cosine else scale
+        for d in range(probes.shape[1]):
+            if add:
+                ready[0, d] += probes[r, d] * factor
+            else:
+                ready[r, d] = probes[r, d] * factor
 
 
 @njit(cache=True)
-def _inverse_norm(vector, lanes):  # type: ignore[no-untyped-def]
-    """One over the length; 0 for a vector of zeros."""
-    square = _dot(vector, vector, lanes)
+def _inverse_root(square):  # type: ignore[no-untyped-def]
+    """One over the root; 0 for 0, so that vectors without a direction are like none."""
     return np.float32(1) / np.float32(np.sqrt(square)) if square != 0 else np.float32(0)
 
 
-@njit(cache=True, fastmath={"contract"})
-def _dot(left, right, lanes):  # type: ignore[no-untyped-def]
-    """``left . right``, added lane by lane: one order whoever calls."""
-    dim = left.shape[0]
-    lanes[:] = 0
-    for d in range(0, dim - dim % LANES, LANES):
-        here, there = left[d : d + LANES], right[d : d + LANES]
-        for lane in range(LANES):
-            lanes[lane] += here[lane] * there[lane]
+@njit(cache=True, fastmath={"contract", "reassoc", "nsz"})
+def _square_bfloat16(bits):  # type: ignore[no-untyped-def]
+    """``bits . bits`` for ``[D]`` bfloat16 bits; see :func:`dot_bfloat16`."""
     total = np.float32(0)
-    for lane in range(LANES):
-        total += lanes[lane]
-    for d in range(dim - dim % LANES, dim):
-        total += left[d] * right[d]
+    for d in range(bits.shape[0]):
+        value = from_bfloat16(bits[d])
+        total += value * value
     return total
 
 
