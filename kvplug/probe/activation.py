@@ -18,7 +18,7 @@ from numba import njit, prange
 from kvplug.carry import NOWHERE, carried
 from kvplug.compiled import compiled
 from kvplug.errors import KvplugError, nearest_name
-from kvplug.probe.base import Probe, Probes
+from kvplug.probe.base import Probe, Probes, queries_themselves
 from kvplug.probe.query_statistics import QueryStatistics
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ class ActivationProbe(Probe):
     """The weighted mean query of each query head: ``R = G`` vectors per KV head."""
 
     name = "activation"
+    query_at_decode = True
 
     warm_up: int = 1
     """Windows of a prompt before weights are used; until then the probe is the mean query."""
@@ -84,6 +85,9 @@ class _Bound(ActivationProbe):
         self, queries: torch.Tensor, num_kv_heads: int, step: Step, workspace: Workspace
     ) -> Probes:
         """See :meth:`Probe.build`."""
+        decoded = queries_themselves(queries, num_kv_heads, step)
+        if decoded is not None:
+            return decoded
         rows, windows, memory = step.sparse_windows, step.windows, self.statistics
         _, heads, dim = queries.shape
         group, shares = heads // num_kv_heads, 1 if self.share == "all" else num_kv_heads

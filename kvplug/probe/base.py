@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
+
+import torch
 
 from kvplug.stage import Layer, Stage
 
 if TYPE_CHECKING:
-    import torch
-
     from kvplug.step import Step
     from kvplug.workspace import Workspace
 
@@ -27,6 +27,8 @@ class Probe(Stage):
     """Reduces the queries of a window to a few vectors per KV head."""
 
     kind = "probe"
+    query_at_decode: ClassVar[bool] = False
+    """Whether the probe of a window of one token is that token's query, of each query head."""
 
     def for_layer(self, layer: Layer) -> Probe:
         """What builds the layer's probes: itself, unless it keeps state."""
@@ -49,3 +51,21 @@ class Probe(Stage):
             step: The step's windows.
             workspace: Where buffers live.
         """
+
+
+def queries_themselves(queries: torch.Tensor, num_kv_heads: int, step: Step) -> Probes | None:
+    """The probes of a step in which every token is a sparse window of its own, if it is such.
+
+    A shortcut for decode, where a probe with ``query_at_decode`` needs no copy.
+
+    Args:
+        queries: See :meth:`Probe.build`.
+        num_kv_heads: Hk.
+        step: The step's windows.
+    """
+    tokens, heads, dim = queries.shape
+    if len(step.sparse_windows) != tokens:
+        return None
+    group = heads // num_kv_heads
+    vectors = queries.view(tokens, num_kv_heads, group, dim)
+    return Probes(vectors, torch.full((tokens,), group, dtype=torch.int32))

@@ -18,7 +18,7 @@ from numba import njit, prange
 
 from kvplug.compiled import compiled
 from kvplug.errors import KvplugError
-from kvplug.probe.base import Probe, Probes
+from kvplug.probe.base import Probe, Probes, queries_themselves
 
 if TYPE_CHECKING:
     from kvplug.step import Step
@@ -30,6 +30,7 @@ class LastAndActivatedProbe(Probe):
     """``R = G * (last + active)`` vectors per KV head: every query head of the chosen tokens."""
 
     name = "last_activated"
+    query_at_decode = True
 
     last: int = 4
     """Tokens taken from the window's end."""
@@ -47,6 +48,9 @@ class LastAndActivatedProbe(Probe):
         self, queries: torch.Tensor, num_kv_heads: int, step: Step, workspace: Workspace
     ) -> Probes:
         """See :meth:`Probe.build`."""
+        decoded = queries_themselves(queries, num_kv_heads, step)
+        if decoded is not None:
+            return decoded
         rows = step.sparse_windows
         _, heads, dim = queries.shape
         group = heads // num_kv_heads

@@ -13,7 +13,7 @@ import torch
 from numba import prange
 
 from kvplug.compiled import compiled
-from kvplug.probe.base import Probe, Probes
+from kvplug.probe.base import Probe, Probes, queries_themselves
 
 if TYPE_CHECKING:
     from kvplug.step import Step
@@ -25,11 +25,15 @@ class MeanProbe(Probe):
     """The mean query of each query head: ``R = G`` vectors per KV head."""
 
     name = "mean"
+    query_at_decode = True
 
     def build(
         self, queries: torch.Tensor, num_kv_heads: int, step: Step, workspace: Workspace
     ) -> Probes:
         """See :meth:`Probe.build`."""
+        decoded = queries_themselves(queries, num_kv_heads, step)
+        if decoded is not None:
+            return decoded
         rows = step.sparse_windows
         _, heads, dim = queries.shape
         group = heads // num_kv_heads

@@ -10,7 +10,7 @@ from numba import njit, prange
 
 from kvplug.compiled import compiled
 from kvplug.errors import KvplugError
-from kvplug.probe.base import Probe, Probes
+from kvplug.probe.base import Probe, Probes, queries_themselves
 from kvplug.stage import Layer
 
 if TYPE_CHECKING:
@@ -45,6 +45,9 @@ class UnionProbe(Probe):
         self, queries: torch.Tensor, num_kv_heads: int, step: Step, workspace: Workspace
     ) -> Probes:
         """See :meth:`Probe.build`."""
+        decoded = queries_themselves(queries, num_kv_heads, step)
+        if decoded is not None and all(probe.query_at_decode for probe in self.probes):
+            return decoded
         parts: list[Probes] = []
         for number, probe in enumerate(self.probes):
             vectors, counts = probe.build(queries, num_kv_heads, step, workspace)
