@@ -99,7 +99,7 @@ class BucketIndex(PageIndex):
         step, keys = passage.step, passage.keys
         stream, centre = step.stream, self.centre
         _hash_stream(
-            keys.numel() * (BITS // LANES), keys.numpy(), centre.known_host, centre.keys_host,
+            keys.numel() * (BITS // LANES), keys.numpy(), centre.keys_host,
             stream.request, stream.token_start, stream.num_tokens, stream.context_end,
             step.block_table_host, self._planes_host, self._words_host,
         )  # fmt: skip
@@ -116,8 +116,8 @@ class BucketIndex(PageIndex):
         words = np.empty(vectors.shape[:3], dtype=np.uint64)
         _hash_probes(
             vectors.numel() * (BITS // LANES), vectors.numpy(), counts,
-            centre.known_host, centre.queries_host, step.sparse_windows, windows.request,
-            step.block_table_host, self._planes_host, words,
+            centre.queries_host, step.sparse_windows, windows.request, step.block_table_host,
+            self._planes_host, words,
         )  # fmt: skip
         work = max(vectors.shape[2] * self.shape.page * OPERATIONS // WORDS_PER_VECTOR, 1)
         _score_pages(
@@ -128,21 +128,20 @@ class BucketIndex(PageIndex):
 
 @compiled()
 def _hash_stream(  # type: ignore[no-untyped-def]
-    keys, known, mean_keys, request, token_start, num_tokens, context_end, block_table, planes,
-    words,
-):  # fmt: skip
+    keys, mean_keys, request, token_start, num_tokens, context_end, block_table, planes, words
+):
     """``words[page, head, offset] = signs of the centred key`` for every token of the step."""
     num_kv_heads, page = words.shape[1:]
     for task in prange(request.shape[0] * num_kv_heads):
         s, head = task // num_kv_heads, task % num_kv_heads
         mine, position = block_table[request[s]], context_end[s] - num_tokens[s]
-        mean, is_known = mean_keys[mine[0], head], known[mine[0]] != 0
+        mean = mean_keys[mine[0], head]
         centred = np.empty((VECTORS, keys.shape[2]), dtype=np.float32)
         signs = np.empty(VECTORS, dtype=np.uint64)
         for first in range(0, num_tokens[s], VECTORS):
             count = min(VECTORS, num_tokens[s] - first)
             for i in range(count):
-                subtract(keys[token_start[s] + first + i, head], mean, is_known, centred[i])
+                subtract(keys[token_start[s] + first + i, head], mean, centred[i])
             sign_words(centred[:count], planes[head], signs)
             for i in range(count):
                 words[mine[position // page], head, position % page] = signs[i]
@@ -151,7 +150,7 @@ def _hash_stream(  # type: ignore[no-untyped-def]
 
 @compiled()
 def _hash_probes(  # type: ignore[no-untyped-def]
-    vectors, counts, known, mean_queries, rows, request, block_table, planes, words
+    vectors, counts, mean_queries, rows, request, block_table, planes, words
 ):
     """``words[w, h, r] = signs of the centred probe``, for r < counts[w]."""
     num_kv_heads = vectors.shape[1]
@@ -162,7 +161,7 @@ def _hash_probes(  # type: ignore[no-untyped-def]
         centred = np.empty((counts[w], vectors.shape[3]), dtype=np.float32)
         for r in range(counts[w]):
             mean = mean_queries[page, head * group + r % group]
-            subtract(vectors[w, head, r], mean, known[page] != 0, centred[r])
+            subtract(vectors[w, head, r], mean, centred[r])
         sign_words(centred, planes[head], words[w, head, : counts[w]])
 
 

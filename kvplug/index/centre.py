@@ -31,55 +31,46 @@ LANES = 16
 class Centre(Memory):
     """Means of each request, on the page of its first token; other pages' rows are never touched.
 
-    A request whose first window is in the prefix cache finds them on the shared page.
+    A request whose first window is in the prefix cache finds them on the shared page. They need no
+    forgetting: a page that takes a new request's first token gets that request's means in the same
+    step, before anything reads them.
     """
 
     def __init__(self, layer: Layer) -> None:
         """Allocates a row per page (untouched pages cost no memory)."""
         super().__init__(layer)
         shape = self.shape
-        self.known = torch.zeros(shape.num_pages, dtype=torch.uint8)
-        """``[pages]`` whether the page has means; without, a request is not centred."""
         self.keys = torch.zeros(shape.num_pages, shape.num_kv_heads, shape.head_dim)
         """``[pages, Hk, D]`` mean keys."""
         self.queries = torch.zeros(shape.num_pages, shape.num_heads, shape.head_dim)
         """``[pages, H, D]`` mean queries."""
-        self.known_host = self.known.numpy()
         self.keys_host = self.keys.numpy()
         self.queries_host = self.queries.numpy()
+        self._called = False
 
     @property
     def state(self) -> tuple[torch.Tensor, ...]:
         """See the class."""
-        return (self.known, self.keys, self.queries)
+        return (self.keys, self.queries)
 
     def nbytes(self) -> float:
         """With one request that fills the cache: a request takes one page's rows."""
-        return self.known.nbytes + self.keys[0].nbytes + self.queries[0].nbytes
-
-    def write(self, keys: torch.Tensor, slots: torch.Tensor) -> None:
-        """A page whose first slot is written holds new content, which has no means yet."""
-        _forget(slots.numpy(), self.shape.page, self.known_host)
+        return self.keys[0].nbytes + self.queries[0].nbytes
 
     def watch(self, passage: Passage) -> None:
         """Takes the means of every prompt that begins in this step."""
         step, queries, keys = passage.step, passage.queries, passage.keys
         stream = step.stream
         begins = np.flatnonzero(stream.context_end == stream.num_tokens)
-        work = (queries.numel() + keys.numel()) // LANES if len(begins) else 0
+        # No prompt begins in a warm-up's step, and it must compile what a step can call.
+        if len(begins) == 0 and self._called:
+            return
+        self._called = True
         _take_means(
-            work, queries.numpy(), keys.numpy(), begins,
+            (queries.numel() + keys.numel()) // LANES, queries.numpy(), keys.numpy(), begins,
             stream.request, stream.token_start, stream.num_tokens, step.block_table_host,
-            self.known_host, self.queries_host, self.keys_host,
+            self.queries_host, self.keys_host,
         )  # fmt: skip
-
-
-@njit(cache=True)
-def _forget(slots, page, known):  # type: ignore[no-untyped-def]
-    """``known[page of slot] = 0`` for first slots of pages."""
-    for token in range(slots.shape[0]):
-        if slots[token] >= 0 and slots[token] % page == 0:
-            known[slots[token] // page] = 0
 
 
 @njit(cache=True)
@@ -95,9 +86,8 @@ def _mean(vectors, first, count, head, out):  # type: ignore[no-untyped-def]
 
 @compiled()
 def _take_means(  # type: ignore[no-untyped-def]
-    queries, keys, begins, request, token_start, num_tokens, block_table, known, mean_queries,
-    mean_keys,
-):  # fmt: skip
+    queries, keys, begins, request, token_start, num_tokens, block_table, mean_queries, mean_keys
+):
     """Means of the windows ``begins``, one head a task."""
     heads, kv_heads = queries.shape[1], keys.shape[1]
     for task in prange(begins.shape[0] * (heads + kv_heads)):
@@ -105,17 +95,16 @@ def _take_means(  # type: ignore[no-untyped-def]
         page = block_table[request[s], 0]
         if head < heads:
             _mean(queries, token_start[s], num_tokens[s], head, mean_queries[page, head])
-            continue
-        head -= heads
-        _mean(keys, token_start[s], num_tokens[s], head, mean_keys[page, head])
-        known[page] = 1
+        else:
+            head -= heads
+            _mean(keys, token_start[s], num_tokens[s], head, mean_keys[page, head])
 
 
 @njit(cache=True, inline="always")
-def subtract(vector, mean, is_known, out):  # type: ignore[no-untyped-def]
-    """``out = vector - mean``, or the vector itself where there is no mean."""
+def subtract(vector, mean, out):  # type: ignore[no-untyped-def]
+    """``out = vector - mean``."""
     for d in range(out.shape[0]):
-        out[d] = vector[d] - mean[d] if is_known else vector[d]
+        out[d] = vector[d] - mean[d]
 
 
 def centre_reference(vectors: torch.Tensor, step: Step) -> list[tuple[int, torch.Tensor]]:

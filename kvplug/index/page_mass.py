@@ -32,10 +32,11 @@ class PageMass(Memory):
             KvplugError: Keys cannot be read back from this cache.
         """
         super().__init__(layer)
-        self._local = layer.own(LocalMass)
+        self._local_host = layer.own(LocalMass).mass.numpy()
         self._seals = Seals(self.shape.num_pages)
         self.mass = torch.zeros((self.shape.num_pages, self.shape.num_kv_heads))
         """``[pages, Hk]`` float32; says nothing of a page that is not sealed."""
+        self.mass_host = self.mass.numpy()
 
     @property
     def state(self) -> tuple[torch.Tensor, ...]:
@@ -53,7 +54,8 @@ class PageMass(Memory):
         so they have added nothing to it.
         """
         sealed = self._seals.seal(passage.step, passage.workspace)
-        _take_largest(self._local.mass.numpy(), sealed.pages, self.mass.numpy())
+        if len(sealed.pages):
+            _take_largest(self._local_host, sealed.pages, self.mass_host)
 
 
 @njit(cache=True)

@@ -1,9 +1,9 @@
 """HAX-inspired: hash buckets and key selection, with nothing trained (after arXiv 2507.00449).
 
 HAX (Zhan et al. 2025, "Overcoming Long-Context Limitations of State-Space Models via
-Attention", 2025) adds to a state-space layer a sparse attention in which a query sees 64 keys: the
-32 newest of its hash bucket, and 32 that a scorer ranks first whoever asks. It is trained as a
-layer; what is kept here is how it chooses, and by what:
+Context-Dependent Sparse Attention") adds to a state-space layer a sparse attention in which a
+query sees 64 keys: the 32 newest of its hash bucket, and 32 that a scorer ranks first whoever
+asks. It is trained as a layer; what is kept here is how it chooses, and by what:
 
 | HAX | here |
 |---|---|

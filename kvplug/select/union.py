@@ -74,7 +74,7 @@ class _Bound(Union):
         windows = step.windows
         _select_union(
             scores.numel() * 2 * PASSES, scores.numpy().view(np.uint32),
-            self.pages.mass.numpy().view(np.uint32), self.split,
+            self.pages.mass_host.view(np.uint32), self.split,
             step.sparse_windows, windows.request, windows.far_begin, windows.far_end,
             step.block_table_host, counts.numpy(), selected.numpy(),
         )  # fmt: skip

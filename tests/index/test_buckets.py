@@ -49,7 +49,6 @@ def write(
 def set_centre(index: BucketIndex, page: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Gives the request that begins on ``page`` means of whole numbers; ``[Hk, D], [H, D]``."""
     centre = index.centre
-    centre.known[page] = 1
     for means in (centre.keys, centre.queries):
         means[page] = torch.randint(-2, 3, means[page].shape).float()
     return centre.keys[page], centre.queries[page]
@@ -115,9 +114,8 @@ def test_windows_are_scored_apart() -> None:
     means = [set_centre(index, int(row[0])) for row in table]
     keys = torch.randint(-3, 4, (200, KV_HEADS, DIM)).float()
     index.planes.copy_(torch.randint(-1, 2, index.planes.shape))
-    index.centre.known.zero_()
+    index.centre.keys.zero_()
     write(index, keys, torch.zeros(200, HEADS, DIM), table[:1], centred=False)
-    index.centre.known[table[:, 0].long()] = 1
     far = [Far(1, 2, 30), Far(0, 0, 0, sparse=False), Far(0, 5, 6), Far(1, 0, 40)]
     counts = torch.tensor([3, 1, 2], dtype=torch.int32)
     vectors = torch.randint(-3, 4, (3, KV_HEADS, 3, DIM)).float()
@@ -147,7 +145,7 @@ def test_a_key_equal_to_the_centred_query_is_hit_in_every_round(bits: int, round
         probes = queries[token, ::2][:, None].contiguous()
         assert (scores_of(index, probes)[:, token // PAGE] == rounds).all()
     if bits * rounds >= 8:
-        index.centre.known.zero_()
+        index.centre.queries.zero_()
         assert (scores_of(index, probes)[:, 199 // PAGE] < rounds).any()
 
 

@@ -42,7 +42,7 @@ def test_twin() -> None:
     queries = [torch.randn(70, HEADS, DIM) for _ in batch]
     keys = [torch.randn(70, KV_HEADS, DIM) for _ in batch]
     centre = centre_of()
-    for tensor in centre.state[1:]:
+    for tensor in centre.state:
         tensor.fill_(NAN)
     watched([centre], GEOMETRY, batch, table, queries, keys)
     step = stream_of(GEOMETRY, batch, table)
@@ -56,7 +56,6 @@ def test_twin() -> None:
         untouched = torch.ones(60, dtype=torch.bool)
         untouched[[page for page, _ in expected]] = False
         assert means[untouched].isnan().all()
-        assert torch.equal(centre.known == 0, untouched)
 
 
 @pytest.mark.parametrize("chunk", [16, 32, 80])
@@ -94,19 +93,14 @@ def test_the_batch_does_not_matter() -> None:
         assert torch.equal(whole, one + other)
 
 
-def test_new_content_has_no_means_until_it_is_watched() -> None:
-    """Only the first slot begins a page anew: later ones belong to the request that has means."""
+def test_new_content_has_its_own_means() -> None:
     table = tables(1)
-    page = int(table[0, 0])
-    centre = centre_of()
-    see(centre, [Piece(1, 0, 5, True)], table)
-    key = torch.zeros(1, KV_HEADS, DIM)
-    centre.write(key, torch.tensor([page * PAGE + 5]))
-    centre.write(key, torch.tensor([-PAGE]))
-    assert centre.known[page] == 1
-    centre.write(key, torch.tensor([page * PAGE]))
-    assert centre.known[page] == 0
+    used, fresh = centre_of(), centre_of()
+    see(used, [Piece(2, 0, 40, True)], table)
+    for centre in (used, fresh):
+        see(centre, [Piece(1, 0, 5, True)], table)
+    assert all(torch.equal(a, b) for a, b in zip(used.state, fresh.state, strict=True))
 
 
-def test_bytes_are_those_of_one_page_and_the_flags() -> None:
-    assert centre_of().nbytes() == 60 + 4 * DIM * (HEADS + KV_HEADS)
+def test_bytes_are_those_of_one_page() -> None:
+    assert centre_of().nbytes() == 4 * DIM * (HEADS + KV_HEADS)
