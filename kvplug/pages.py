@@ -14,10 +14,6 @@ from kvplug.errors import KvplugError
 
 if TYPE_CHECKING:
     from kvplug.config import KvplugConfig
-    from kvplug.workspace import Workspace
-
-TRANSPOSED_ISAS = ("vec", "vec16")
-"""Kernels of vLLM's that keep a page of keys as ``[D, P]``."""
 
 
 class PageGeometry(NamedTuple):
@@ -97,75 +93,3 @@ def single_head_view(kv_cache: torch.Tensor) -> torch.Tensor:
         )
     pages, heads, page, width = kv_cache.shape
     return kv_cache.view(pages * heads, 1, page, width)
-
-
-class KeyReader:
-    """Reads keys back from the cache, whose pages are packed for the kernel and are not rows.
-
-    The one place that knows the packings. vLLM's ``vec`` and ``vec16`` kernels keep a page of one
-    KV head transposed, ``[D, P]`` (found by writing known keys and looking).
-
-    Args:
-        keys: ``[pages * Hk, 1, P, D]``, the key half of a :func:`single_head_view`.
-        isa: vLLM's name of the kernel's instruction set; see :meth:`reads`.
-    """
-
-    def __init__(self, keys: torch.Tensor, isa: str) -> None:
-        """Views the pages as they are packed."""
-        assert self.reads(keys, isa)
-        rows, _, page, dim = keys.shape
-        strides = (keys.stride(0), page, 1)
-        self._pages = keys.as_strided((rows, dim, page), strides, keys.storage_offset())
-
-    @staticmethod
-    def reads(keys: torch.Tensor, isa: str) -> bool:
-        """Whether the packing and the type are known: 16-bit and 32-bit floats, transposed."""
-        return isa in TRANSPOSED_ISAS and keys.dtype.is_floating_point and keys.itemsize >= 2
-
-    def read(self, rows: torch.Tensor, workspace: Workspace) -> torch.Tensor:
-        """Copies pages of single heads.
-
-        Args:
-            rows: ``[n]`` int64, ``page * Hk + head``.
-            workspace: Owns the result, until the next call.
-
-        Returns:
-            ``[n, D, P]`` float32.
-        """
-        shape = (rows.shape[0], *self._pages.shape[1:])
-        packed = workspace.take("reader.packed", shape, self._pages.dtype)
-        torch.index_select(self._pages, 0, rows, out=packed)
-        if packed.dtype == torch.float32:
-            return packed
-        return workspace.take("reader.keys", shape, torch.float32).copy_(packed)
-
-
-class ValueReader:
-    """Reads values back from the cache: rows, in the packings that :class:`KeyReader` knows.
-
-    Args:
-        values: ``[pages * Hk, 1, P, D]``, the value half of a :func:`single_head_view`.
-        isa: vLLM's name of the kernel's instruction set; see :meth:`KeyReader.reads`.
-    """
-
-    def __init__(self, values: torch.Tensor, isa: str) -> None:
-        """Holds its view."""
-        assert KeyReader.reads(values, isa)
-        self._pages = values[:, 0]
-
-    def read(self, rows: torch.Tensor, workspace: Workspace) -> torch.Tensor:
-        """Copies pages of single heads.
-
-        Args:
-            rows: ``[n]`` int64, ``page * Hk + head``.
-            workspace: Owns the result, until the next call.
-
-        Returns:
-            ``[n, P, D]`` float32.
-        """
-        shape = (rows.shape[0], *self._pages.shape[1:])
-        packed = workspace.take("reader.packed_values", shape, self._pages.dtype)
-        torch.index_select(self._pages, 0, rows, out=packed)
-        if packed.dtype == torch.float32:
-            return packed
-        return workspace.take("reader.values", shape, torch.float32).copy_(packed)

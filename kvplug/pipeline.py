@@ -26,7 +26,7 @@ from kvplug.workspace import Workspace
 if TYPE_CHECKING:
     from kvplug.budget.base import Budget
     from kvplug.index.base import PageIndex
-    from kvplug.pages import KeyReader
+    from kvplug.page_reader import PageReader
     from kvplug.probe.base import Probe
     from kvplug.segment.base import Segmenter
     from kvplug.select.base import Select
@@ -126,7 +126,7 @@ class Pipeline:
         self.geometry = region_sizes(config, self.geometry.page)
         self.config = config
 
-    def make_layer(self, shape: LayerShape, reader: KeyReader | None) -> LayerStages | None:
+    def make_layer(self, shape: LayerShape, reader: PageReader | None) -> LayerStages | None:
         """A layer's stages, or None where the recipe retrieves nothing."""
         if self.stages.index is None:
             return None
@@ -257,7 +257,7 @@ class Pipeline:
             )
         self.unranked_rows += rows
 
-    def warm_up(self, shape: LayerShape, reader: KeyReader | None) -> None:
+    def warm_up(self, shape: LayerShape, reader: PageReader | None) -> None:
         """Compiles every kernel that a step can call, on a made-up one, before the first request.
 
         Args:

@@ -17,7 +17,7 @@ from kvplug.errors import KvplugError
 if TYPE_CHECKING:
     import torch
 
-    from kvplug.pages import KeyReader
+    from kvplug.page_reader import PageReader
     from kvplug.step import Step
     from kvplug.workspace import Workspace
 
@@ -116,7 +116,7 @@ class Layer:
     """
 
     def __init__(
-        self, shape: LayerShape, common: dict[type, Memory], reader: KeyReader | None
+        self, shape: LayerShape, common: dict[type, Memory], reader: PageReader | None
     ) -> None:
         """Starts without memories."""
         self.shape = shape
@@ -141,7 +141,7 @@ class Layer:
         return memory
 
     @property
-    def reader(self) -> KeyReader:
+    def reader(self) -> PageReader:
         """Reads keys back from the cache.
 
         Raises:
@@ -149,9 +149,9 @@ class Layer:
         """
         if self._reader is None:
             raise KvplugError(
-                "This recipe reads keys back from the KV cache, and kvplug does not know how this "
-                "CPU's kernel packs them (fp8 caches, AMX, Arm): choose another policy, such as "
-                "simhash."
+                "This recipe reads keys back from the KV cache, and kvplug cannot read this type "
+                "of cache (fp8): choose another policy, such as simhash, or another "
+                "--kv-cache-dtype."
             )
         return self._reader
 

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from kvplug.config import KvplugConfig
-from kvplug.pages import KeyReader
+from kvplug.page_reader import PageReader
 from kvplug.pipeline import LayerStages, Pipeline, Plan
 from kvplug.stage import Layer, LayerShape
 from kvplug.windows import Batch
@@ -73,9 +73,11 @@ def layer_shape(**changed: Any) -> LayerShape:
     return shape
 
 
-def reader_of(cache: torch.Tensor) -> KeyReader:
+def reader_of(cache: torch.Tensor) -> PageReader:
     """Reads ``[pages * Hk, 1, P, D]`` keys that lie as vLLM's ``vec`` kernel packs them."""
-    return KeyReader(cache, "vec")
+    _, _, page, dim = cache.shape
+    transposed = np.arange(page * dim, dtype=np.int32)
+    return PageReader(cache.flatten(1), transposed, (dim, page), "keys")
 
 
 def layer_of(cache: torch.Tensor | None = None, **changed: Any) -> Layer:

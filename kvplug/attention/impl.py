@@ -82,9 +82,9 @@ class KvplugImpl(CPUAttentionBackendImpl):
             values = self.attend.value_reader(self.cache)
             if reader is None or values is None:
                 raise KvplugError(
-                    "Merge 'coarse' reads keys and values back from the KV cache, and kvplug does "
-                    "not know how this CPU's kernel packs them (fp8 caches, AMX, Arm): use merge "
-                    "'exact'."
+                    "Merge 'coarse' reads keys and values back from the KV cache, and kvplug "
+                    "cannot read this type of cache (fp8): use merge 'exact', or another "
+                    "--kv-cache-dtype."
                 )
             means = self.stages.index.means
             self.coarse = CoarseMerge(reader, values, means, self.scale, self.logits_soft_cap)

@@ -17,8 +17,8 @@ import torch
 from kvplug.workspace import Workspace
 
 if TYPE_CHECKING:
+    from kvplug.page_reader import PageReader
     from kvplug.page_table import PageTable
-    from kvplug.pages import KeyReader
     from kvplug.pipeline import Plan
 
 READ_PAGES = 1024
@@ -49,7 +49,7 @@ class MassMeter:
         since: Windows whose context ends before this token are not measured.
     """
 
-    def __init__(self, reader: KeyReader, scale: float, softcap: float, since: int) -> None:
+    def __init__(self, reader: PageReader, scale: float, softcap: float, since: int) -> None:
         """Starts without measurements."""
         self.reader, self.scale, self.softcap, self.since = reader, scale, softcap, since
         self.measured: list[Mass] = []

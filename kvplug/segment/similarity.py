@@ -11,7 +11,7 @@ from numba import prange
 from kvplug.compiled import compiled
 
 if TYPE_CHECKING:
-    from kvplug.pages import KeyReader
+    from kvplug.page_reader import PageReader
     from kvplug.segment.prompts import Prompts
     from kvplug.windows import Ints
     from kvplug.workspace import Workspace
@@ -28,7 +28,7 @@ class KeySums:
     """
 
     def __init__(
-        self, reader: KeyReader, num_kv_heads: int, page: int, workspace: Workspace
+        self, reader: PageReader, num_kv_heads: int, page: int, workspace: Workspace
     ) -> None:
         """Holds its arguments."""
         self._reader = reader

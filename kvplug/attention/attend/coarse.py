@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from kvplug.pages import KeyReader, ValueReader
+from kvplug.page_reader import PageReader
 
 if TYPE_CHECKING:
     from kvplug.pipeline import Plan
@@ -40,8 +40,8 @@ class CoarseMerge:
 
     def __init__(
         self,
-        keys: KeyReader,
-        values: ValueReader,
+        keys: PageReader,
+        values: PageReader,
         means: torch.Tensor,
         scale: float,
         softcap: float,

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from vllm import _custom_ops as ops
 from vllm import envs
 
-from kvplug.pages import KeyReader, ValueReader, single_head_view
+from kvplug.attention.attend.packing import find_packing
+from kvplug.page_reader import Packing, PageReader
+from kvplug.pages import single_head_view
 
 if TYPE_CHECKING:
     from kvplug.page_table import PageTable
@@ -22,7 +25,9 @@ class SingleHeadCache(NamedTuple):
     keys: torch.Tensor
     """``[pages * Hk, 1, P, D]``; the bytes are the kernel's own packing, not rows of keys."""
     values: torch.Tensor
-    """``[pages * Hk, 1, P, D]``."""
+    """``[pages * Hk, 1, P, D]``, packed likewise."""
+    pages: torch.Tensor
+    """``[pages * Hk, 2 * P * D]``: keys, then values."""
 
     @classmethod
     def of(cls, kv_cache: torch.Tensor) -> SingleHeadCache:
@@ -34,7 +39,10 @@ class SingleHeadCache(NamedTuple):
         single = single_head_view(kv_cache)
         rows, _, page, _ = single.shape
         keys, values = single.view(rows, 1, page * 2, -1).chunk(2, dim=2)
-        return cls(keys, values)
+        return cls(keys, values, single.view(rows, -1))
+
+
+_packing_of = lru_cache(maxsize=None)(find_packing)
 
 
 class CpuAttend:
@@ -66,14 +74,19 @@ class CpuAttend:
         self.isa = isa
         self.kv_cache_dtype = kv_cache_dtype
 
-    def reader(self, cache: SingleHeadCache) -> KeyReader | None:
-        """What reads keys back from ``cache``; None where its packing is not known."""
-        return KeyReader(cache.keys, self.isa) if KeyReader.reads(cache.keys, self.isa) else None
+    def reader(self, cache: SingleHeadCache) -> PageReader | None:
+        """What reads keys back from ``cache``, as ``[n, D, P]``; None where that cannot be done."""
+        packing, (_, _, page, dim) = self._packing(cache), cache.keys.shape
+        return packing and PageReader(cache.pages, packing.keys, (dim, page), "keys")
 
-    def value_reader(self, cache: SingleHeadCache) -> ValueReader | None:
-        """What reads values back; None where keys cannot be read either."""
-        known = KeyReader.reads(cache.values, self.isa)
-        return ValueReader(cache.values, self.isa) if known else None
+    def value_reader(self, cache: SingleHeadCache) -> PageReader | None:
+        """What reads values, as ``[n, P, D]``; None where that cannot be done."""
+        packing, (_, _, page, dim) = self._packing(cache), cache.values.shape
+        return packing and PageReader(cache.pages, packing.values, (page, dim), "values")
+
+    def _packing(self, cache: SingleHeadCache) -> Packing | None:
+        page, dim = cache.keys.shape[2:]
+        return _packing_of(page, dim, cache.keys.dtype, self.isa)
 
     def schedule(self, table: PageTable) -> torch.Tensor:
         """The kernel's work split for ``table``; it holds for every layer of the step."""

@@ -1,0 +1,94 @@
+"""Reads keys and values back from the cache, whose pages are packed for a kernel and are not rows.
+
+Which packing that is depends on the instruction set (vLLM's ``vec`` kernels keep a page of keys
+transposed, its AMX kernels in interleaved pairs) and is nobody's promise, so it is not written
+down anywhere: it is found by writing known numbers (:mod:`kvplug.attention.attend.packing`).
+
+``P`` is the number of tokens per page, ``Hk`` the number of KV heads, ``D`` the head dimension.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from numba import prange
+
+from kvplug.compiled import compiled
+from kvplug.numeric import from_bfloat16
+from kvplug.windows import Ints
+from kvplug.workspace import Workspace
+
+BITS = {torch.bfloat16: torch.uint16, torch.float16: torch.uint16, torch.float32: torch.uint32}
+"""Types that can be read, and the integers that hold their bits."""
+
+
+class Packing(NamedTuple):
+    """Where the numbers of one page of one KV head lie among its ``2 * P * D``."""
+
+    keys: Ints
+    """``[D * P]`` int32 places of a page's keys, dimension by dimension."""
+    values: Ints
+    """``[P * D]`` int32 places of its values, token by token."""
+
+
+class PageReader:
+    """Copies pages out of a cache as float32.
+
+    Args:
+        pages: ``[pages * Hk, N]`` contiguous: all numbers of every page, of a type in BITS.
+        places: ``[A * B]`` int32: which of them are read.
+        shape: ``(A, B)``.
+        name: Of the buffer; two readers of different names can be read from at a time.
+    """
+
+    def __init__(
+        self, pages: torch.Tensor, places: Ints, shape: tuple[int, int], name: str
+    ) -> None:
+        """Views the pages as bits."""
+        self._dtype, self._shape = pages.dtype, shape
+        self._bits = pages.view(BITS[pages.dtype]).numpy()
+        self._places, self._name = places, f"reader.{name}"
+
+    def read(self, rows: torch.Tensor, workspace: Workspace) -> torch.Tensor:
+        """Copies pages of single heads.
+
+        Args:
+            rows: ``[n]`` int64, ``page * Hk + head``.
+            workspace: Owns the result, until the next call.
+
+        Returns:
+            ``[n, A, B]`` float32.
+        """
+        count, width = len(rows), len(self._places)
+        found = workspace.take(self._name, (count, *self._shape), torch.float32)
+        work = count * width
+        if self._dtype == torch.bfloat16:
+            out = found.view(count, width).numpy()
+            _read_bfloat16(work, self._bits, rows.numpy(), self._places, out)
+        elif self._dtype == torch.float32:
+            out = found.view(count, width).view(torch.uint32).numpy()
+            _read(work, self._bits, rows.numpy(), self._places, out)
+        else:
+            half = workspace.take(f"{self._name}.half", (count, width), self._dtype)
+            _read(work, self._bits, rows.numpy(), self._places, half.view(torch.uint16).numpy())
+            found.view(count, width).copy_(half)
+        return found
+
+
+@compiled()
+def _read(pages, rows, places, out):  # type: ignore[no-untyped-def]
+    """``out[n, i] = pages[rows[n], places[i]]``."""
+    for n in prange(rows.shape[0]):
+        page, target = pages[rows[n]], out[n]
+        for i in range(places.shape[0]):
+            target[i] = page[places[i]]
+
+
+@compiled()
+def _read_bfloat16(pages, rows, places, out):  # type: ignore[no-untyped-def]
+    """The same, of bfloat16 bits as float32."""
+    for n in prange(rows.shape[0]):
+        page, target = pages[rows[n]], out[n]
+        for i in range(places.shape[0]):
+            target[i] = from_bfloat16(page[places[i]])
