@@ -1,4 +1,4 @@
-"""The rewritten page table: every (window, KV head) as a sequence of its own.
+"""The rewritten page table: every (window, KV head) is a sequence with pages of its own.
 
 The platform's dense paged kernel takes a batch of sequences. Here row ``s * Hk + h`` is window
 ``s`` seen by KV head ``h``: ``G`` query heads over the pages ``sinks | selected | local`` of a
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class PageTable:
-    """Page table, lengths and token order of one step's ``S * Hk`` sequences.
+    """Page table and lengths of one step's ``S * Hk`` sequences.
 
     Args:
         step: The step's windows.
@@ -45,15 +45,16 @@ class PageTable:
         """``[S * Hk, width]`` int32 pages of the single-head cache."""
         self.seq_lens = workspace.take("table.seq_lens", (rows,), torch.int32)
         """``[S * Hk]`` int32 tokens attended by the last query of each row."""
-        self.query_start = workspace.take("table.query_start", (rows + 1,), torch.int32)
-        """``[S * Hk + 1]`` int32 first query of each row in head-major token order."""
+        self.query_start = torch.from_numpy(
+            np.append(windows.token_start, windows.token_start[-1] + windows.num_tokens[-1])
+        )
+        """``[S + 1]`` int32 first query token of each window, then the total."""
         self.page = geometry.page
         self._host, self._seq_lens_host = self.table.numpy(), self.seq_lens.numpy()
         _write_fixed_pages(
-            windows.request, windows.token_start, windows.num_tokens, windows.context_end,
-            windows.far_begin, windows.far_end, windows.num_selected, windows.sparse,
-            step.block_table_host, geometry.page, num_kv_heads,
-            self._host, self._seq_lens_host, self.query_start.numpy(),
+            windows.request, windows.context_end, windows.far_begin, windows.far_end,
+            windows.num_selected, step.block_table_host, geometry.page, num_kv_heads,
+            self._host, self._seq_lens_host,
         )  # fmt: skip
 
     def write_selected(self, selected: torch.Tensor, counts: torch.Tensor, varies: bool) -> None:
@@ -77,13 +78,18 @@ class PageTable:
                 self._host, self._seq_lens_host,
             )  # fmt: skip
 
+    @property
+    def is_decoding(self) -> bool:
+        """Whether every window is a single token."""
+        return len(self.step.windows) == self.query_start[-1]
+
 
 @njit(cache=True)
 def _write_fixed_pages(  # type: ignore[no-untyped-def]
-    request, token_start, num_tokens, context_end, far_begin, far_end, num_selected, sparse,
-    block_table, page, num_kv_heads, table, seq_lens, query_start,
+    request, context_end, far_begin, far_end, num_selected, block_table, page, num_kv_heads, table,
+    seq_lens,
 ):  # fmt: skip
-    """Sinks, local pages and whole dense rows; lengths; first queries."""
+    """Sinks, local pages and whole dense rows; lengths."""
     for s in range(request.shape[0]):
         pages = block_table[request[s]]
         num_pages = (context_end[s] + page - 1) // page
@@ -99,9 +105,6 @@ def _write_fixed_pages(  # type: ignore[no-untyped-def]
                 out[filled] = pages[n] * num_kv_heads + head
                 filled += 1
             seq_lens[row] = filled * page - (num_pages * page - context_end[s])
-            query_start[row] = token_start[s] * num_kv_heads + head * num_tokens[s]
-    last = request.shape[0] - 1
-    query_start[-1] = (token_start[last] + num_tokens[last]) * num_kv_heads
 
 
 @njit(cache=True)
@@ -137,34 +140,3 @@ def _write_local_pages(  # type: ignore[no-untyped-def]
                 filled += 1
             unused = num_pages * page - context_end[row]
             seq_lens[row * num_kv_heads + head] = filled * page - unused
-
-
-def head_major_order(step: Step, num_kv_heads: int) -> torch.Tensor | None:
-    """Where each (window, KV head, token) finds its queries in token-major order.
-
-    Args:
-        step: The step's windows.
-        num_kv_heads: Hk.
-
-    Returns:
-        ``[T * Hk]`` int64: row ``query_start[s * Hk + h] + i`` of the head-major queries is row
-        ``(token_start[s] + i) * Hk + h`` of the token-major ones. None where the two orders are
-        the same, as in a step of single-token windows.
-    """
-    windows = step.windows
-    if int(windows.num_tokens.max()) == 1 or num_kv_heads == 1:
-        return None
-    order = np.empty(int(windows.num_tokens.sum()) * num_kv_heads, dtype=np.int64)
-    _fill_order(windows.token_start, windows.num_tokens, num_kv_heads, order)
-    return torch.from_numpy(order)
-
-
-@njit(cache=True)
-def _fill_order(token_start, num_tokens, num_kv_heads, order):  # type: ignore[no-untyped-def]
-    """Fills ``order`` as :func:`head_major_order` says."""
-    filled = 0
-    for s in range(token_start.shape[0]):
-        for head in range(num_kv_heads):
-            for i in range(num_tokens[s]):
-                order[filled] = (token_start[s] + i) * num_kv_heads + head
-                filled += 1

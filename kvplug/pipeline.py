@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from kvplug.config import KvplugConfig
-from kvplug.page_table import PageTable, head_major_order
+from kvplug.page_table import PageTable
 from kvplug.pages import PageGeometry
 from kvplug.pending import PendingSteps, PendingTokens
 from kvplug.policies import make_stages
@@ -41,8 +41,6 @@ class Plan(NamedTuple):
     step: Step
     table: PageTable | None
     """None: every window is dense, and the step is only watched."""
-    order: torch.Tensor | None
-    """Head-major order of queries; see :func:`kvplug.page_table.head_major_order`."""
 
 
 class LayerStages:
@@ -162,9 +160,9 @@ class Pipeline:
         pages = torch.from_numpy(block_table)
         step = Step(windows, pages, self.geometry.most_pages, stream, is_prefilling)
         if not is_sparse:
-            return Plan(step, None, None)
+            return Plan(step, None)
         table = PageTable(step, self.geometry, self.num_kv_heads, self.workspace)
-        return Plan(step, table, head_major_order(step, self.num_kv_heads))
+        return Plan(step, table)
 
     def _can_wait(self, batch: Batch) -> bool:
         """Whether the step's tokens wait; if not, those that do are told first."""

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from kvplug.config import KvplugConfig
-from kvplug.page_table import PageTable, head_major_order
+from kvplug.page_table import PageTable
 from kvplug.pages import PageGeometry
 from kvplug.pipeline import Plan
 from kvplug.step import Step
@@ -147,7 +147,7 @@ def plan_of(shape: Shape, cache: Cache, batch: str, everything: bool) -> tuple[P
             selected[w, head, : len(pages)] = pages
             chosen[s].append(pages.tolist())
     table.write_selected(selected, counts_of(step, HEADS), False)
-    return Plan(step, table, head_major_order(step, HEADS)), chosen
+    return Plan(step, table), chosen
 
 
 def attend(shape: Shape, cache: Cache, plan: Plan) -> torch.Tensor:
@@ -160,7 +160,7 @@ def attend(shape: Shape, cache: Cache, plan: Plan) -> torch.Tensor:
     output = torch.full_like(cache.queries, torch.nan)
     assert plan.table is not None
     kernel(
-        cache.queries, output, SingleHeadCache.of(cache.packed), plan, kernel.schedule(plan.table),
+        cache.queries, output, SingleHeadCache.of(cache.packed), kernel.schedule(plan.table),
         Workspace(), shape.dim**-0.5, 0.0, (1.0, 1.0),
     )  # fmt: skip
     return output

@@ -130,16 +130,14 @@ class KvplugImpl(CPUAttentionBackendImpl):
         if self.attend is None or self.cache is None:
             raise KvplugError("kvplug's attention layer was used before its cache was bound.")
         assert attn_metadata is not None
-        assert attn_metadata.schedule is not None
         if self.observer is not None:
             self.observer(query[:tokens], plan)
-        schedule = attn_metadata.schedule
+        calls = attn_metadata.calls
         if self._pipeline.stages.budget.varies:
-            schedule = self.attend.schedule(plan.table)
+            calls = self.attend.schedule(plan.table)
         self.attend(
-            query[:tokens], output[:tokens], self.cache, plan, schedule,
-            self._pipeline.workspace, self.scale, self.logits_soft_cap,
-            (layer._k_scale_float, layer._v_scale_float),
+            query[:tokens], output[:tokens], self.cache, calls, self._pipeline.workspace,
+            self.scale, self.logits_soft_cap, (layer._k_scale_float, layer._v_scale_float),
         )  # fmt: skip
         if self.coarse is not None:
             self.coarse(query[:tokens], output[:tokens], plan, self._pipeline.workspace)

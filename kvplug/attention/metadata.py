@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +14,7 @@ from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionMetadataBuilder,
 )
 
-from kvplug.attention.attend.cpu import CpuAttend
+from kvplug.attention.attend.cpu import Call, CpuAttend
 from kvplug.errors import KvplugError
 from kvplug.pipeline import Pipeline, Plan
 from kvplug.selection import options_of
@@ -30,8 +30,8 @@ class KvplugMetadata(CPUAttentionMetadata):
 
     plan: Plan | None = None
     """None: every window is dense, nobody watches, and the step takes the stock path."""
-    schedule: torch.Tensor | None = None
-    """The kernel's work split over the plan's page table."""
+    calls: list[Call] = field(default_factory=list)
+    """The kernel's, over the plan's page table."""
     pipeline: Pipeline | None = None
     """Of the group."""
 
@@ -98,5 +98,5 @@ class KvplugMetadataBuilder(CPUAttentionMetadataBuilder):
         plan = self.pipeline.plan(batch)
         metadata.plan, metadata.pipeline = plan, self.pipeline
         if plan is not None and plan.table is not None:
-            metadata.schedule = self.attend.schedule(plan.table)
+            metadata.calls = self.attend.schedule(plan.table)
         return metadata

@@ -1,8 +1,9 @@
 """Which pages a step's windows leave behind: complete, past the local region, not yet summarised.
 
-A page is *sealed* once, by the first window that may retrieve it. Which window that is follows
-from positions alone (a page is far from the first query on whose local region begins behind it),
-so neither the scheduler's chunks nor the batch matter.
+A page is *sealed* once, by the first window that retrieves and may choose it. Which window that is
+follows from positions alone (a page is far from the first query on whose local region begins behind
+it), so neither the scheduler's chunks nor the batch matter; and a context that never grows beyond
+``dense_below`` pays for nothing.
 
 How to use it, in a :class:`~kvplug.stage.Memory` that stores something for a page when it seals::
 
@@ -82,8 +83,8 @@ class Seals:
         columns = workspace.take("sealing.pages", (2, self.flags.shape[0]), torch.int32).numpy()
         starts = workspace.take("sealing.starts", (len(stream) + 1,), torch.int32).numpy()
         seal_pages(
-            stream.request, stream.far_begin, stream.far_end, step.block_table_host,
-            self._flags_host, columns[0], columns[1], starts,
+            stream.request, stream.sparse, stream.far_begin, stream.far_end,
+            step.block_table_host, self._flags_host, columns[0], columns[1], starts,
         )  # fmt: skip
         count = int(starts[-1])
         return Sealing(columns[0, :count], columns[1, :count], starts)
@@ -99,20 +100,22 @@ def _open_pages(slots, page, flags):  # type: ignore[no-untyped-def]
 
 @njit(cache=True)
 def seal_pages(  # type: ignore[no-untyped-def]
-    request, far_begin, far_end, block_table, flags, pages, logical, starts
+    request, sparse, far_begin, far_end, block_table, flags, pages, logical, starts
 ):
     """Fills a :class:`Sealing` and sets ``flags``.
 
-    A request's first window of the step looks at all of its far pages, a later one only at those
-    behind the window before. Looking back to the nearest sealed page would not do: a prefix hit
-    may join blocks of several requests, of which some ended before they sealed theirs. A look
+    A request's first sparse window of the step looks at all of its far pages, a later one only at
+    those behind the window before. Looking back to the nearest sealed page would not do: a prefix
+    hit may join blocks of several requests, of which some ended before they sealed theirs. A look
     costs a byte, read in order.
     """
     count = 0
     for s in range(request.shape[0]):
         starts[s] = count
+        if not sparse[s]:
+            continue
         begin = far_begin[s]
-        if s > 0 and request[s - 1] == request[s]:
+        if s > 0 and request[s - 1] == request[s] and sparse[s - 1]:
             begin = max(begin, far_end[s - 1])
         mine = block_table[request[s]]
         for n in range(begin, far_end[s]):
@@ -134,7 +137,7 @@ def seal_pages_reference(step: Step, flags: torch.Tensor) -> list[list[tuple[int
     stream, sealed = step.stream, []
     for s in range(len(stream)):
         mine = step.block_table[int(stream.request[s])].tolist()
-        far = range(int(stream.far_begin[s]), int(stream.far_end[s]))
+        far = range(int(stream.far_begin[s]), int(stream.far_end[s]) if stream.sparse[s] else 0)
         sealed.append([(mine[n], n) for n in far if flags[mine[n]] == 0])
         flags[[page for page, _ in sealed[-1]]] = 1
     return sealed

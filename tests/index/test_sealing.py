@@ -57,7 +57,10 @@ def test_twin(made: tuple[PageGeometry, list[Piece]], seed: int) -> None:
 
 @pytest.mark.parametrize("chunk", [16, 48, 160, 320])
 def test_the_same_window_seals_a_page_whatever_the_chunks(chunk: int) -> None:
-    """A page leaves the local region of 20 tokens before the window's first query."""
+    """A page leaves the local region of 20 tokens before the window's first query.
+
+    One far page is the budget, so nothing is sealed before there are two.
+    """
     geometry = PageGeometry(8, 16, 2, 20, 1, 0, 1)
     seals, table = Seals(50), torch.arange(49, 9, -1, dtype=torch.int32)[None]
     found: dict[int, int] = {}
@@ -68,10 +71,18 @@ def test_the_same_window_seals_a_page_whatever_the_chunks(chunk: int) -> None:
                 assert physical == 49 - logical
                 found[logical] = start + 16 * s
     expected = {
-        n: next(w for w in range(0, 320, 16) if (n + 1) * 8 <= w + 1 - 20)
+        n: next(w for w in range(0, 320, 16) if (max(n, 3) + 1) * 8 <= w + 1 - 20)
         for n in range(2, (304 + 1 - 20) // 8)
     }
     assert found == expected
+
+
+def test_a_window_that_attends_to_everything_seals_nothing() -> None:
+    """Of the sparse ones behind it, the first seals what all of them may choose."""
+    table = torch.arange(10, dtype=torch.int32)[None]
+    windows = [Far(0, 1, 3, sparse=False), Far(0, 1, 5), Far(0, 1, 6)]
+    found = sealed_by(Seals(10), step_of(windows, table))
+    assert found == [[], [(1, 1), (2, 2), (3, 3), (4, 4)], [(5, 5)]]
 
 
 def test_pages_that_another_request_left_open_are_sealed() -> None:

@@ -15,7 +15,6 @@ from kvplug.pages import single_head_view
 
 if TYPE_CHECKING:
     from kvplug.page_table import PageTable
-    from kvplug.pipeline import Plan
     from kvplug.workspace import Workspace
 
 
@@ -40,6 +39,19 @@ class SingleHeadCache(NamedTuple):
         rows, _, page, _ = single.shape
         keys, values = single.view(rows, 1, page * 2, -1).chunk(2, dim=2)
         return cls(keys, values, single.view(rows, -1))
+
+
+class Call(NamedTuple):
+    """One call of the kernel: ``n`` sequences of single KV heads."""
+
+    pages: torch.Tensor
+    """``[n, width]`` int32 rows of the page table, whatever is in them by then."""
+    seq_lens: torch.Tensor
+    """``[n]`` int32 tokens that the last query of each attends to."""
+    query_start: torch.Tensor
+    """``[n + 1]`` int32 first query of each, then the total."""
+    split: torch.Tensor
+    """The kernel's split of the work over threads."""
 
 
 _packing_of = lru_cache(maxsize=None)(find_packing)
@@ -88,34 +100,47 @@ class CpuAttend:
         page, dim = cache.keys.shape[2:]
         return _packing_of(page, dim, cache.keys.dtype, self.isa)
 
-    def schedule(self, table: PageTable) -> torch.Tensor:
-        """The kernel's work split for ``table``; it holds for every layer of the step."""
-        return ops.cpu_attn_get_scheduler_metadata(
-            num_reqs=table.seq_lens.shape[0],
+    def schedule(self, table: PageTable) -> list[Call]:
+        """The kernel calls for ``table``; they hold for every layer of the step.
+
+        Where windows have several tokens, a KV head's queries lie apart from each other, and the
+        kernel takes one distance between tokens: then each head is a call. At decode they are
+        sequences of one token each, in the order that queries lie in.
+        """
+        heads = self.num_kv_heads
+        if table.is_decoding or heads == 1:
+            starts = torch.arange(len(table.seq_lens) + 1, dtype=torch.int32)
+            start = starts if table.is_decoding else table.query_start
+            return [self._call(table.table, table.seq_lens, start)]
+        pages = table.table.unflatten(0, (-1, heads))
+        lengths = table.seq_lens.view(-1, heads).T.contiguous()
+        return [self._call(pages[:, h], lengths[h], table.query_start) for h in range(heads)]
+
+    def _call(self, pages: torch.Tensor, lengths: torch.Tensor, start: torch.Tensor) -> Call:
+        split = ops.cpu_attn_get_scheduler_metadata(
+            num_reqs=len(lengths),
             num_heads=self.group,
             num_kv_heads=1,
             head_dim=self.head_dim,
-            seq_lens=table.seq_lens,
+            seq_lens=lengths,
             dtype=self.dtype,
-            query_start_loc=table.query_start,
+            query_start_loc=start,
             causal=True,
             sliding_window_size=-1,
             isa=self.isa,
             enable_kv_split=envs.VLLM_CPU_ATTN_SPLIT_KV,
             kv_cache_dtype=self.kv_cache_dtype,
         )
+        return Call(pages, lengths, start, split)
 
     def __call__(
         self,
         query: torch.Tensor,
         output: torch.Tensor,
         cache: SingleHeadCache,
-        plan: Plan,
-        schedule: torch.Tensor,
+        calls: list[Call],
         workspace: Workspace,
-        scale: float,
-        softcap: float,
-        scales: tuple[float, float],
+        *scaling: Any,
     ) -> None:
         """Attends every window to its row of the page table.
 
@@ -123,60 +148,52 @@ class CpuAttend:
             query: ``[T, H, D]``.
             output: ``[T, H, D]`` contiguous, written.
             cache: The layer's pages.
-            plan: The step's plan, with this layer's pages selected.
-            schedule: From :meth:`schedule`.
-            workspace: Where reordered queries live.
-            scale: Of the dot products.
-            softcap: Cap of the logits, 0 for none.
-            scales: Of quantised keys and values.
+            calls: From :meth:`schedule`, with this layer's pages selected.
+            workspace: Where outputs of single heads live.
+            scaling: Scale of the dot products; cap of the logits, 0 for none; scales of quantised
+                keys and values.
         """
-        rows, width = query.shape[0] * self.num_kv_heads, self.group * self.head_dim
-        shape = (rows, self.group, self.head_dim)
-        token_major = query.reshape(rows, width)
-        if plan.order is None:
-            self._kernel(
-                token_major.view(shape), output.view(shape), cache, plan, schedule, scale,
-                softcap, scales,
-            )  # fmt: skip
+        tokens, group, dim = len(query), self.group, self.head_dim
+        if len(calls) == 1:
+            # Rows of every KV head in turn: so lie the queries of single tokens.
+            rows = (-1, group, dim)
+            self._kernel(query.reshape(rows), output.view(rows), cache, calls[0], *scaling)
             return
-        head_major = workspace.take("attend.query", (rows, width), query.dtype)
-        torch.index_select(token_major, 0, plan.order, out=head_major)
-        attended = workspace.take("attend.output", (rows, width), query.dtype)
-        self._kernel(
-            head_major.view(shape), attended.view(shape), cache, plan, schedule, scale, softcap,
-            scales,
-        )  # fmt: skip
-        output.view(rows, width).index_copy_(0, plan.order, attended)
+        # The kernel reads queries at any distance, but writes its output in one piece.
+        shape = (len(calls), tokens, group, dim)
+        attended = workspace.take("attend.output", shape, query.dtype)
+        heads = query.unflatten(1, (len(calls), group))
+        for head, call in enumerate(calls):
+            self._kernel(heads[:, head], attended[head], cache, call, *scaling)
+        output.view(tokens, len(calls), -1).copy_(attended.flatten(2).transpose(0, 1))
 
     def _kernel(
         self,
         query: torch.Tensor,
         output: torch.Tensor,
         cache: SingleHeadCache,
-        plan: Plan,
-        schedule: torch.Tensor,
-        *scaling: Any,
+        call: Call,
+        scale: float,
+        softcap: float,
+        scales: tuple[float, float],
     ) -> None:
-        """One call of the paged kernel over ``S * Hk`` single-head sequences."""
-        scale, softcap, (k_scale, v_scale) = scaling
-        table = plan.table
-        assert table is not None
+        """One call of the paged kernel over single-head sequences."""
         ops.cpu_attention_with_kv_cache(
             query=query,
             key_cache=cache.keys,
             value_cache=cache.values,
             output=output,
-            query_start_loc=table.query_start,
-            seq_lens=table.seq_lens,
+            query_start_loc=call.query_start,
+            seq_lens=call.seq_lens,
             scale=scale,
             causal=True,
             alibi_slopes=None,
             sliding_window=-1,
-            block_table=table.table,
+            block_table=call.pages,
             softcap=softcap,
-            scheduler_metadata=schedule,
+            scheduler_metadata=call.split,
             s_aux=None,
-            k_scale=k_scale,
-            v_scale=v_scale,
+            k_scale=scales[0],
+            v_scale=scales[1],
             kv_cache_dtype=self.kv_cache_dtype,
         )
