@@ -18,6 +18,7 @@ from typer.core import TyperGroup
 
 from kvplug.config import KvplugConfig, json_object
 from kvplug.errors import KvplugError
+from kvplug.evals.command import command
 
 app = typer.Typer(
     name="kvplug",
@@ -310,6 +311,9 @@ def numbers(text: str, least: int = 1) -> list[int]:
     if not values or min(values) < least:
         raise KvplugError(f"{text!r} must be positive whole numbers with commas between them.")
     return values
+
+
+app.command("eval")(command(progress, out, numbers))
 
 
 @app.command()

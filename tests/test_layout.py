@@ -24,7 +24,7 @@ LINKED = ("kernels", "patches", "serve")
 RANKS: tuple[tuple[str, ...], ...] = (
     ("kernels", "errors", "__init__"),
     ("compiled", "config", "fields", "numeric", "pages", "registry", "selection", "workspace"),
-    ("carry", "page_table", "step", "windows"),
+    ("carry", "page_reader", "page_table", "step", "windows"),
     ("stage", "segment", "index", "probe", "budget", "select"),
     ("policies",),
     ("attended", "machine", "pending", "pipeline"),
@@ -33,8 +33,8 @@ RANKS: tuple[tuple[str, ...], ...] = (
     ("episodes", "startup"),
     ("patches",),
     ("plugin",),
-    ("models", "evals", "serve", "doctor"),
-    ("bench", "demo"),
+    ("models", "serve", "doctor"),
+    ("bench", "demo", "evals"),
     ("cli", "__main__"),
 )
 RANK = {part: rank for rank, parts in enumerate(RANKS) for part in parts}

@@ -15,11 +15,11 @@ from kvplug.errors import KvplugError
 from kvplug.machine import engine_environment
 
 BYTES_PER_GIB = 2**30
-KINDS = ("CELL", "RECALL")
+KINDS = ("CELL", "RECALL", "REPLY")
 """First words of the lines that are results; anything else is vLLM talking."""
 
 
-def results(module: str, job: Job, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def results(module: str, job: Job, text: str) -> Iterator[tuple[str, Any]]:
     """Runs ``python -m MODULE`` to its end; yields the kind and data of each result.
 
     Args:

@@ -172,18 +172,31 @@ def _draw_needles(draw: random.Random, count: int) -> tuple[list[str], list[str]
     return keys, list(answers)
 
 
+def sentence(draw: random.Random) -> str:
+    """One sentence of the haystack."""
+    return _write([_draw_sentence(draw, _pattern_words())])
+
+
+def _pattern_words() -> dict[str, Sequence[str]]:
+    """What stands for each letter of a pattern."""
+    words = {letter: word_sections()[section] for letter, section in _SECTIONS.items()}
+    return {**words, "P": _PLACING}
+
+
+def _draw_sentence(draw: random.Random, words: dict[str, Sequence[str]]) -> list[str]:
+    """Tokens of a sentence."""
+    pattern = draw.choice(_PATTERNS)
+    return [draw.choice(words[s]) if s in words else s for s in pattern]
+
+
 def _haystack(draw: random.Random, tokens: int) -> list[list[str]]:
     """Sentences, as lists of tokens, that are `tokens` long together (none for 0)."""
-    words: dict[str, Sequence[str]] = {
-        letter: word_sections()[section] for letter, section in _SECTIONS.items()
-    }
-    words["P"] = _PLACING
+    words = _pattern_words()
     sentences = []
     left = tokens
     while left > _ROOM:
-        pattern = draw.choice(_PATTERNS)
-        sentences.append([draw.choice(words[s]) if s in words else s for s in pattern])
-        left -= len(pattern)
+        sentences.append(_draw_sentence(draw, words))
+        left -= len(sentences[-1])
     if left:
         adjectives = [draw.choice(words["A"]) for _ in range(left - _SHORTEST)]
         noun, verb = draw.choice(words["N"]), draw.choice(words["I"])

@@ -1,0 +1,1 @@
+"""The quality lab: what retrieval costs in answers, on any model."""

@@ -1,0 +1,169 @@
+"""The command ``kvplug eval``. Heavy modules are imported when it runs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from kvplug.errors import KvplugError
+
+if TYPE_CHECKING:
+    from kvplug.evals.plan import Settings
+    from kvplug.evals.run import Model
+    from kvplug.evals.summary import Row
+
+RECALL_TASKS = (
+    "niah_single_1,niah_multikey_2,niah_multikey_3,niah_multivalue,niah_multiquery,vt,passkey,"
+    "number_string,kv_retrieval,mqar,joint_recall,episodes"
+)
+Progress = Callable[[], AbstractContextManager[Callable[[str], None]]]
+
+
+def command(progress: Progress, out: Console, numbers: Callable[[str], list[int]]) -> Any:
+    """The command's function, for typer.
+
+    Args:
+        progress: Opens a spinner and gives what changes its text.
+        out: Where results go.
+        numbers: Reads whole numbers with commas.
+    """
+
+    def evaluate(
+        model: Annotated[
+            str, typer.Argument(help="A checkpoint, 'recall', or the URL of an OpenAI endpoint.")
+        ],
+        tasks: Annotated[
+            str, typer.Option(help="Tasks, with commas; 'recall': all that ask for facts; 'all'.")
+        ] = "recall",
+        policies: Annotated[
+            str, typer.Option(help="Recipes or own setups; stock vLLM is always asked.")
+        ] = "simhash",
+        setup: Annotated[
+            list[str] | None,
+            typer.Option(help="A setup of your own, LABEL=OPTIONS, kvplug's options as JSON."),
+        ] = None,
+        budgets: Annotated[
+            str, typer.Option(help="Far tokens per window and KV head, with commas.")
+        ] = "512,1024",
+        contexts: Annotated[str, typer.Option(help="Tokens, with commas.")] = "8192,32768",
+        examples: Annotated[int, typer.Option(min=1, help="Questions per task and length.")] = 10,
+        haystack: Annotated[
+            str, typer.Option(help="Text between facts: prose, noise, or a directory of files.")
+        ] = "prose",
+        plain: Annotated[
+            bool | None,
+            typer.Option(help="Keys and values in words only (default: for bundled models)."),
+        ] = None,
+        label: Annotated[str, typer.Option(help="What an endpoint is called.")] = "dense",
+        timeout: Annotated[float, typer.Option(min=1, help="Seconds an endpoint may take.")] = 600,
+        key: Annotated[str, typer.Option(envvar="OPENAI_API_KEY", help="For an endpoint.")] = "-",
+        page: Annotated[int, typer.Option(help="Tokens per page, for every engine.")] = 32,
+        chunk: Annotated[int, typer.Option(help="Prompt tokens per step.")] = 4096,
+        eager: Annotated[bool, typer.Option("--eager", help="Without vLLM's compiler.")] = False,
+        answers: Annotated[
+            Path | None, typer.Option(help="File of answers, JSON lines; asked again, goes on.")
+        ] = None,
+        html: Annotated[Path | None, typer.Option(help="Page to write.")] = None,
+        fail_under: Annotated[
+            float, typer.Option(min=0, help="Exit 1 if a setup keeps less of dense accuracy.")
+        ] = 0.0,
+        as_json: Annotated[bool, typer.Option("--json", help="Print JSON last.")] = False,
+    ) -> None:
+        """Long-context tasks over policies, budgets and lengths: what does retrieval cost?"""
+        from kvplug.evals.endpoint import Endpoint
+        from kvplug.evals.local import LocalModel
+        from kvplug.evals.plan import Job, Settings, Setup
+        from kvplug.evals.records import Records
+        from kvplug.evals.run import run, setups_of
+        from kvplug.evals.summary import summarise
+        from kvplug.machine import versions
+
+        remote = model.startswith(("http://", "https://"))
+        words = plain if plain is not None else model == "recall"
+        settings = Settings(model, haystack, words, page, chunk, {} if remote else versions())
+        setups = (
+            [Setup(label, label)]
+            if remote
+            else setups_of(policies.split(","), numbers(budgets), own_setups(setup or []))
+        )
+        job = Job(settings, setups, chosen_tasks(tasks), sorted(numbers(contexts)), examples)
+        records = Records(answers, settings)
+        with progress() as say:
+            answering: Model = (
+                Endpoint(settings, timeout, key) if remote else LocalModel(settings, eager)
+            )
+            run(job, answering, records, say)
+        asked = set(job.questions())
+        given = [answer for answer in records.answers.values() if answer.question in asked]
+        rows = summarise(given, setups, page)
+        show(out, settings, rows, given, html, as_json)
+        worst = lowest(rows)
+        if worst is not None and worst < fail_under:
+            raise typer.Exit(1)
+
+    return evaluate
+
+
+def chosen_tasks(text: str) -> list[str]:
+    """Names of tasks.
+
+    Raises:
+        KvplugError: One does not exist.
+    """
+    from kvplug.evals.tasks import TASKS
+
+    sets = {"all": list(TASKS), "recall": RECALL_TASKS.split(",")}
+    names = [name for part in text.split(",") for name in sets.get(part, [part])]
+    for name in names:
+        TASKS.get(name)
+    return list(dict.fromkeys(names))
+
+
+def own_setups(given: list[str]) -> dict[str, str]:
+    """``LABEL=OPTIONS`` -> label and options.
+
+    Raises:
+        KvplugError: One is not of that form.
+    """
+    found = {}
+    for text in given:
+        label, equals, options = text.partition("=")
+        if not label or not equals:
+            raise KvplugError(f"--setup {text!r} must be LABEL=OPTIONS.")
+        found[label] = options
+    return found
+
+
+def lowest(rows: list[Row]) -> float | None:
+    """The least share of dense accuracy that a setup keeps on a task; None without dense."""
+    kept = [row.kept.value for row in rows if row.kept is not None]
+    return min(kept, default=None)
+
+
+def show(
+    out: Console, settings: Settings, rows: list[Row], answers: list[Any], html: Path | None,
+    as_json: bool,
+) -> None:  # fmt: skip
+    """Prints a table, or JSON; writes the page."""
+    from kvplug.evals import report
+
+    if html is not None:
+        html.parent.mkdir(parents=True, exist_ok=True)
+        html.write_text(report.page(settings, rows, answers))
+    if as_json:
+        print(json.dumps([asdict(row) for row in rows]))
+        return
+    table = Table(title=f"kvplug eval {settings.model}")
+    for column in report.COLUMNS:
+        table.add_column(column)
+    for row in rows:
+        table.add_row(*report.cells(row))
+    out.print(table)

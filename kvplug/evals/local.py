@@ -1,0 +1,78 @@
+"""Answers of models on this machine: stock vLLM and kvplug's recipes, an engine each."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+
+from kvplug.bench.child import results
+from kvplug.bench.engine import model_path
+from kvplug.bench.job import Job as EngineJob
+from kvplug.evals.engine import Request
+from kvplug.evals.plan import STOCK, Question, Settings, Setup
+from kvplug.evals.prompts import Prompts, Reply
+from kvplug.evals.tasks import TASKS
+from kvplug.policies import check
+
+
+class LocalModel:
+    """A checkpoint.
+
+    Args:
+        settings: Of the run.
+        eager: Without vLLM's compiler.
+    """
+
+    def __init__(self, settings: Settings, eager: bool) -> None:
+        """Loads the tokenizer."""
+        from transformers import AutoTokenizer
+
+        self.settings, self.eager = settings, eager
+        tokenizer = AutoTokenizer.from_pretrained(model_path(settings.model))
+        self.prompts = Prompts(settings, lambda text: len(tokenizer(text)["input_ids"]))
+
+    def check(self, setups: list[Setup]) -> None:
+        """Refuses recipes and options that would not start.
+
+        Raises:
+            KvplugError: The first thing that is wrong.
+        """
+        for setup in setups:
+            if setup.policy != STOCK:
+                config = check({"policy": setup.policy, "budget": setup.budget, **setup.options})
+                config.check_page(self.settings.page)
+
+    def replies(
+        self, setups: list[Setup], asked: list[tuple[Setup, Question]]
+    ) -> Iterator[tuple[Setup, Question, Reply]]:
+        """Puts questions to setups that differ in their budget only.
+
+        Raises:
+            KvplugError: The engine failed.
+        """
+        questions = [
+            (setups.index(setup), number, self.prompts.of(question).example.prompt,
+             TASKS.get(question.task).max_tokens)
+            for number, (setup, question) in enumerate(asked)
+        ]  # fmt: skip
+        budgets = [setup.budget for setup in setups]
+        options = dict(setups[0].options)
+        if budgets[0] is not None:
+            options["budget"] = budgets[0]
+        longest = max(question.context for _, question in asked)
+        job = EngineJob(
+            setups[0].policy, self.settings.model, [longest], [1], 1, self.settings.page,
+            self.settings.chunk, max(most for *_, most in questions), self.eager, 0, options,
+        )  # fmt: skip
+        request = Request(job, budgets, questions)
+        for _, (_, number, reply) in results("kvplug.evals.engine", job, request.to_json()):
+            yield *asked[number], Reply(**reply)
+
+
+def groups(setups: list[Setup]) -> list[list[Setup]]:
+    """Setups that one engine can serve together."""
+    found: dict[str, list[Setup]] = {}
+    for setup in setups:
+        key = json.dumps([setup.policy, setup.options], sort_keys=True)
+        found.setdefault(key, []).append(setup)
+    return list(found.values())
