@@ -80,7 +80,7 @@ class PageTable:
 
     @property
     def is_decoding(self) -> bool:
-        """Whether every window is a single token."""
+        """Whether every window is a single token: decoded, replayed or a draft's."""
         return len(self.step.windows) == self.query_start[-1]
 
 
