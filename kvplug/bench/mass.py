@@ -39,6 +39,38 @@ class Mass(NamedTuple):
         return cls(*(statistics.fmean(values) for values in zip(*many, strict=True)))
 
 
+class Pages(NamedTuple):
+    """The pages of one window's context, ``N`` of them, as one KV head sees them."""
+
+    rows: torch.Tensor
+    """``[N]`` int64 pages of the single-head cache, in the context's order."""
+    attended: torch.Tensor
+    """``[N]`` whether the window attends to them."""
+    far: torch.Tensor
+    """``[N]`` whether they are neither sinks nor local."""
+    context: int
+    """Tokens of context; the last page may hold more."""
+
+    @property
+    def chosen(self) -> int:
+        """How many far pages are attended."""
+        return int((self.attended & self.far).sum())
+
+    @classmethod
+    def of(cls, table: PageTable, s: int, head: int) -> Pages:
+        """Those of window ``s``."""
+        windows, heads, page = table.step.windows, table.num_kv_heads, table.page
+        context = int(windows.context_end[s])
+        logical = table.step.block_table[int(windows.request[s])][: -(-context // page)]
+        rows = logical.long() * heads + head
+        row = s * heads + head
+        filled = -(-int(table.seq_lens[row]) // page)
+        attended = torch.isin(rows, table.table[row, :filled].long())
+        far = torch.zeros_like(attended)
+        far[int(windows.far_begin[s]) : int(windows.far_end[s])] = True
+        return cls(rows, attended, far, context)
+
+
 class MassMeter:
     """Measures one layer's windows; a layer's ``observer``.
 
@@ -72,52 +104,31 @@ class MassMeter:
 
     def _window(self, query: torch.Tensor, table: PageTable, s: int) -> Mass:
         """Measures one window by its last query, ``[H, D]``."""
-        heads = table.num_kv_heads
-        captured, best = [], []
-        for head, group in enumerate(query.view(heads, -1, query.shape[-1])):
-            captured_share, best_share = self._head(group, table, s, head)
-            captured.append(captured_share)
-            best.append(best_share)
-        return Mass(sum(captured) / heads, sum(best) / heads)
+        groups = query.view(table.num_kv_heads, -1, query.shape[-1])
+        shares = [self.head(group, table, s, head) for head, group in enumerate(groups)]
+        return Mass.mean(shares)
 
-    def _head(
-        self, queries: torch.Tensor, table: PageTable, s: int, head: int
-    ) -> tuple[float, float]:
+    def head(self, queries: torch.Tensor, table: PageTable, s: int, head: int) -> Mass:
         """Captured and best share of one KV head, means over its ``[G, D]`` queries."""
-        windows, heads, page = table.step.windows, table.num_kv_heads, table.page
-        context = int(windows.context_end[s])
-        logical = table.step.block_table[int(windows.request[s])][: -(-context // page)]
-        rows = logical.long() * heads + head
-        shares = self._page_shares(queries, rows, context).mean(0)
-        row = s * heads + head
-        filled = -(-int(table.seq_lens[row]) // page)
-        attended = torch.isin(rows, table.table[row, :filled].long())
-        far = torch.zeros_like(attended)
-        far[int(windows.far_begin[s]) : int(windows.far_end[s])] = True
-        chosen = int((attended & far).sum())
-        best = shares[far].topk(chosen).values.sum() + shares[~far].sum()
-        return float(shares[attended].sum()), float(best)
+        pages = Pages.of(table, s, head)
+        shares = self._page_shares(queries, pages).mean(0)
+        best = shares[pages.far].topk(pages.chosen).values.sum() + shares[~pages.far].sum()
+        return Mass(float(shares[pages.attended].sum()), float(best))
 
-    def _page_shares(self, queries: torch.Tensor, rows: torch.Tensor, context: int) -> torch.Tensor:
-        """Softmax mass of each page of one KV head.
+    def _page_shares(self, queries: torch.Tensor, pages: Pages) -> torch.Tensor:
+        """``[G, N]`` float64 softmax mass of each page, of ``[G, D]`` float32 queries."""
+        return self.logits(queries, pages).double().logsumexp(2).T.softmax(1)
 
-        Args:
-            queries: ``[G, D]`` float32.
-            rows: ``[N]`` pages of the single-head cache, in the context's order.
-            context: Tokens of context; the last page may hold more.
-
-        Returns:
-            ``[G, N]`` float64; every query's masses sum to one.
-        """
+    def logits(self, queries: torch.Tensor, pages: Pages) -> torch.Tensor:
+        """``[N, G, P]`` float32 logits of ``[G, D]`` queries; -inf behind the context's end."""
         parts = []
-        for block in rows.split(READ_PAGES):
+        for block in pages.rows.split(READ_PAGES):
             keys = self.reader.read(block, self._workspace)
             logits = torch.matmul(queries, keys) * self.scale  # [n, G, P]
             if self.softcap:
                 logits = self.softcap * torch.tanh(logits / self.softcap)
             parts.append(logits)
-        logits = torch.cat(parts)
-        count, _, page = logits.shape
-        logits[-1, :, page - (count * page - context) :] = -torch.inf
-        by_page = logits.double().logsumexp(2).T
-        return by_page.softmax(1)
+        found = torch.cat(parts)
+        count, _, page = found.shape
+        found[-1, :, page - (count * page - pages.context) :] = -torch.inf
+        return found

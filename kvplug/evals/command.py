@@ -67,6 +67,13 @@ def command(progress: Progress, out: Console, numbers: Callable[[str], list[int]
         key: Annotated[str, typer.Option(envvar="OPENAI_API_KEY", help="For an endpoint.")] = "-",
         page: Annotated[int, typer.Option(help="Tokens per page, for every engine.")] = 32,
         chunk: Annotated[int, typer.Option(help="Prompt tokens per step.")] = 4096,
+        selector: Annotated[
+            bool,
+            typer.Option(
+                "--selector", help="Measure what heads select, not answers: captured mass, best "
+                "pages found, output error.",
+            ),
+        ] = False,
         eager: Annotated[bool, typer.Option("--eager", help="Without vLLM's compiler.")] = False,
         answers: Annotated[
             Path | None, typer.Option(help="File of answers, JSON lines; asked again, goes on.")
@@ -88,12 +95,18 @@ def command(progress: Progress, out: Console, numbers: Callable[[str], list[int]
 
         remote = model.startswith(("http://", "https://"))
         words = plain if plain is not None else model == "recall"
-        settings = Settings(model, haystack, words, page, chunk, {} if remote else versions())
+        settings = Settings(
+            model, haystack, words, page, chunk, selector, {} if remote else versions()
+        )
         setups = (
             [Setup(label, label)]
             if remote
             else setups_of(policies.split(","), numbers(budgets), own_setups(setup or []))
         )
+        if selector:
+            setups = [setup for setup in setups if setup.budget is not None]
+        if not setups:
+            raise KvplugError("--selector measures recipes on a checkpoint; none is named.")
         job = Job(settings, setups, chosen_tasks(tasks), sorted(numbers(contexts)), examples)
         records = Records(answers, settings)
         with progress() as say:
@@ -162,7 +175,7 @@ def show(
         print(json.dumps([asdict(row) for row in rows]))
         return
     table = Table(title=f"kvplug eval {settings.model}")
-    for column in report.COLUMNS:
+    for column in report.columns(settings):
         table.add_column(column)
     for row in rows:
         table.add_row(*report.cells(row))

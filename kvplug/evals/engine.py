@@ -14,6 +14,10 @@ from typing import Any
 
 from kvplug.bench.engine import Bench
 from kvplug.bench.job import Job
+from kvplug.evals.selector import SelectorMeter
+
+MEASURED = 8
+"""Most tokens of an answer during which selections are measured: each looks at every key."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,8 @@ class Request:
     """Which of them answers each prompt; one None for stock vLLM."""
     asked: list[tuple[int, int, str, int]]
     """Place in ``budgets``, a number to say back, prompt, most tokens of the answer."""
+    selector: bool = False
+    """Measure what each KV head selects; times then say nothing."""
 
     def to_json(self) -> str:
         """The request as one line."""
@@ -35,7 +41,8 @@ class Request:
     def from_json(cls, text: str) -> Request:
         """The request that :meth:`to_json` wrote."""
         data = json.loads(text)
-        return cls(Job(**data["job"]), data["budgets"], [tuple(each) for each in data["asked"]])
+        asked = [tuple(each) for each in data["asked"]]
+        return cls(Job(**data["job"]), data["budgets"], asked, data["selector"])
 
 
 class Answering:
@@ -51,18 +58,39 @@ class Answering:
         self.bench = Bench(request.job)
         self.budget: int | None = request.budgets[0]
 
-    def set_budget(self, budget: int | None) -> None:
-        """Gives retrieving layers another budget."""
-        if budget is None or budget == self.budget:
-            return
+    def layers(self) -> list[Any]:
+        """The attention layers that retrieve."""
+        if self.budget is None:
+            return []
         from vllm.config import get_layers_from_vllm_config
         from vllm.model_executor.layers.attention import Attention
 
         layers = get_layers_from_vllm_config(self.bench.engine.vllm_config, Attention).values()
-        pipelines = [layer.impl.pipeline for layer in layers if layer.impl.retrieves]
+        return [layer for layer in layers if layer.impl.retrieves]
+
+    def set_budget(self, budget: int | None) -> None:
+        """Gives retrieving layers another budget."""
+        if budget is None or budget == self.budget:
+            return
+        pipelines = [layer.impl.pipeline for layer in self.layers()]
         for pipeline in {id(pipeline): pipeline for pipeline in pipelines}.values():
             pipeline.set_budget(budget)
         self.budget = budget
+
+    def measured_reply(self, prompt: str, most: int) -> dict[str, Any]:
+        """Answers one prompt and measures, with every layer and head, what is selected for it."""
+        layers = self.layers()
+        since = len(self.bench.tokenizer(prompt)["input_ids"])
+        meters = [SelectorMeter.of(layer.impl, since) for layer in layers]
+        for layer, meter in zip(layers, meters, strict=True):
+            layer.impl.observer = meter
+        try:
+            reply = self.reply(prompt, min(most, MEASURED))
+        finally:
+            for layer in layers:
+                layer.impl.observer = None
+        choices = [[list(choice) for choice in meter.means()] for meter in meters]
+        return {**reply, "choices": choices}
 
     def reply(self, prompt: str, most: int) -> dict[str, Any]:
         """Answers one prompt, alone; no prefix is cached."""
@@ -96,7 +124,8 @@ def main() -> None:
         answering.reply(request.asked[0][2][:2000], 4)  # warm
     for place, number, prompt, most in request.asked:
         answering.set_budget(request.budgets[place])
-        print("REPLY", json.dumps([place, number, answering.reply(prompt, most)]), flush=True)
+        answer = answering.measured_reply if request.selector else answering.reply
+        print("REPLY", json.dumps([place, number, answer(prompt, most)]), flush=True)
 
 
 if __name__ == "__main__":

@@ -64,7 +64,7 @@ class LocalModel:
             setups[0].policy, self.settings.model, [longest], [1], 1, self.settings.page,
             self.settings.chunk, max(most for *_, most in questions), self.eager, 0, options,
         )  # fmt: skip
-        request = Request(job, budgets, questions)
+        request = Request(job, budgets, questions, self.settings.selector)
         for _, (_, number, reply) in results("kvplug.evals.engine", job, request.to_json()):
             yield *asked[number], Reply(**reply)
 

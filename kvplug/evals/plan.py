@@ -53,6 +53,8 @@ class Answer:
     """Seconds to the first token; one request at a time."""
     decode_tok_s: float | None
     """Tokens per second behind the first; None for an answer of one token."""
+    choices: list[list[list[float]]] = field(default_factory=list)
+    """Layer -> KV head -> :class:`kvplug.evals.selector.Choice`, where selections are measured."""
 
     @property
     def question(self) -> Question:
@@ -71,6 +73,8 @@ class Settings:
     """Keys and values in words only; see :mod:`kvplug.evals.wording`."""
     page: int
     chunk: int
+    selector: bool
+    """Selections are measured, and so times say nothing."""
     versions: dict[str, str]
 
     def to_json(self) -> str:

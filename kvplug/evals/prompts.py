@@ -22,6 +22,7 @@ class Reply(NamedTuple):
     tokens: list[int]
     ttft_s: float
     decode_tok_s: float | None
+    choices: list[list[list[float]]] = []  # noqa: RUF012 (a NamedTuple's default is not shared state)
 
 
 class Prompts:

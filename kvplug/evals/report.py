@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import html
 from collections.abc import Iterable
+from statistics import fmean
 from typing import TYPE_CHECKING
 
 from kvplug.errors import KvplugError
 from kvplug.evals.bootstrap import Interval
 from kvplug.evals.plan import STOCK, Answer, Settings
+from kvplug.evals.selector import Choice
 from kvplug.evals.summary import ALL, Row
 
 if TYPE_CHECKING:
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
 
 BINS = 10
 """Of depth, in heat maps."""
+ERROR = Choice._fields.index("error")
 STYLE = (
     "body{font-family:system-ui,sans-serif;margin:2rem auto;max-width:70rem;padding:0 1rem}"
     "table{border-collapse:collapse;margin:1rem 0}td,th{padding:.2rem .6rem;text-align:right;"
@@ -25,6 +28,16 @@ COLUMNS = (
     "setup", "task", "context", "examples", "accuracy", "of dense", "attended", "first token",
     "decode", "same output", "first difference",
 )  # fmt: skip
+
+SELECTOR_COLUMNS = (
+    "setup", "task", "context", "examples", "attended", "captured mass", "best possible",
+    "best pages found", "output error",
+)  # fmt: skip
+
+
+def columns(settings: Settings) -> tuple[str, ...]:
+    """What a row says: of answers, or of selections where those were measured."""
+    return SELECTOR_COLUMNS if settings.selector else COLUMNS
 
 
 def _interval(interval: Interval | None) -> str:
@@ -38,7 +51,13 @@ def _times(value: float | None) -> str:
 
 
 def cells(row: Row) -> list[str]:
-    """A row as text, in the order of COLUMNS."""
+    """A row as text, in the order of :func:`columns`."""
+    if row.selection is not None:
+        shares = (row.attended, row.selection.captured, row.selection.best, row.selection.found)
+        return [
+            row.setup, row.task, f"{row.context:,}", str(row.examples),
+            *(f"{share:.1%}" for share in shares), f"{row.selection.error:.3f}",
+        ]  # fmt: skip
     same = "-" if row.same_output is None else f"{row.same_output:.0%}"
     place = "-" if row.first_difference is None else f"token {row.first_difference:.0f}"
     return [
@@ -48,9 +67,10 @@ def cells(row: Row) -> list[str]:
     ]  # fmt: skip
 
 
-def markdown(rows: Iterable[Row]) -> str:
+def markdown(settings: Settings, rows: Iterable[Row]) -> str:
     """Rows as a Markdown table."""
-    lines = [COLUMNS, ["---"] * len(COLUMNS), *map(cells, rows)]
+    head = columns(settings)
+    lines = [head, ["---"] * len(head), *map(cells, rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
@@ -64,13 +84,14 @@ def page(settings: Settings, rows: list[Row], answers: list[Answer]) -> str:
         import plotly.io
     except ImportError:
         raise KvplugError("The lab's page needs plotly: pip install 'kvplug[eval]'.") from None
-    figures = [by_budget(rows), pareto(rows), *heat_maps(answers)]
+    by_depth = [by_budget(rows), pareto(rows), *heat_maps(answers)]
+    figures = layer_maps(answers) if settings.selector else by_depth
     parts = [
         plotly.io.to_html(figure, full_html=False, include_plotlyjs=number == 0)
         for number, figure in enumerate(figures)
     ]
     versions = ", ".join(f"{name} {version}" for name, version in settings.versions.items())
-    head = "".join(f"<th>{column}</th>" for column in COLUMNS)
+    head = "".join(f"<th>{column}</th>" for column in columns(settings))
     body = "".join(
         "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells(row)) + "</tr>"
         for row in rows
@@ -161,5 +182,21 @@ def heat_maps(answers: list[Answer]) -> list[go.Figure]:
             y=[f"{place / BINS:.0%}" for place in range(BINS)], zmin=0, zmax=1,
             colorscale="RdYlGn",
         )  # fmt: skip
+        figures.append(figure)
+    return figures
+
+
+def layer_maps(answers: list[Answer]) -> list[go.Figure]:
+    """Layer x KV head: error of the output, the mean of all examples of a setup and length."""
+    figures = []
+    measured = [answer for answer in answers if answer.choices]
+    for setup, context in dict.fromkeys((answer.setup, answer.context) for answer in measured):
+        mine = [a.choices for a in measured if (a.setup, a.context) == (setup, context)]
+        grid = [
+            [fmean(example[layer][head][ERROR] for example in mine) for head in range(len(heads))]
+            for layer, heads in enumerate(mine[0])
+        ]
+        figure = _figure(f"{setup}, {context:,} tokens: output error", "KV head", "layer")
+        figure.add_heatmap(z=grid, zmin=0, zmax=1, colorscale="RdYlGn_r")
         figures.append(figure)
     return figures

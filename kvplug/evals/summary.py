@@ -9,6 +9,7 @@ from kvplug.attended import attended_share
 from kvplug.config import KvplugConfig
 from kvplug.evals.bootstrap import Interval, mean, ratio
 from kvplug.evals.plan import STOCK, Answer, Question, Setup
+from kvplug.evals.selector import Choice
 
 ALL = "all tasks"
 
@@ -34,6 +35,8 @@ class Row:
     """Median place of the first token that differs from dense's, in examples in which one does."""
     same_output: float | None
     """Share of examples whose output is dense's, token by token."""
+    selection: Choice | None
+    """Mean over examples, layers and KV heads, where selections were measured."""
 
 
 def first_difference(tokens: list[int], base: list[int]) -> int | None:
@@ -79,8 +82,16 @@ def _row(
         statistics.median([b.ttft_s / a.ttft_s for a, b in pairs]) if pairs else None,
         statistics.median(rates) if rates else None,
         statistics.median(differing) if differing else None,
-        places.count(None) / len(places) if places else None,
+        places.count(None) / len(places) if places else None, selection(answers),
     )  # fmt: skip
+
+
+def selection(answers: list[Answer]) -> Choice | None:
+    """What heads selected, on the mean; None where that was not measured."""
+    heads = [head for answer in answers for layer in answer.choices for head in layer]
+    if not heads:
+        return None
+    return Choice(*(statistics.fmean(column) for column in zip(*heads, strict=True)))
 
 
 def _attended(setup: Setup, page: int, answers: list[Answer]) -> float:

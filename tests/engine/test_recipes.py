@@ -17,8 +17,11 @@ pytestmark = pytest.mark.engine
 WINDOW, LOCAL = 128, 256
 LENGTH = 2_900  # not a multiple of the window: the last one is partial
 DECODED = 12
-CHUNKS = (512, 8192)
+CHUNKS = (512, 2048, 8192)
+CUT = 1_000  # seven windows, and three pages and a bit of the eighth
 CASES = list({case.name: case for case in reversed(POLICY_CASES) if case.retrieves}.values())
+
+CARRYING = [case for case in CASES if case.name in ("actqkv", "infllm", "emllm", "hax", "hcam")]
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +68,30 @@ def test_same_request_same_answer(run, recall_model, prompts, case):
         assert among["cached"] == 0
         assert alone["tokens"] == hit["tokens"] == among["tokens"] == cold["tokens"]
     windows = [own_windows(result, case) for result in results]
-    assert windows[0] == windows[1]
+    assert all(other == windows[0] for other in windows[1:])
+
+
+@pytest.mark.parametrize("case", CARRYING, ids=lambda case: case.id)
+def test_a_window_that_a_prompt_cut_short_is_not_shared(run, recall_model, prompts, case):
+    """Its whole pages are the beginning of another prompt's whole window, but its state is not."""
+    asked = spec(recall_model, case, prompts, CHUNKS[1])
+    [whole] = asked["rounds"][0]
+    short = {**whole, "ids": whole["ids"][:CUT]}
+    asked["rounds"] = [[short], [whole], [{**whole, "salt": "cold"}]]
+    result = run(asked)
+    _, [after], [cold] = result["rounds"]
+    assert cold["cached"] == 0
+    assert 0 < after["cached"] <= CUT // WINDOW * WINDOW
+    assert after["cached"] % WINDOW == 0
+    assert after["tokens"] == cold["tokens"]
+    compared = 0
+    for name, selected in result["selections"].items():
+        end, tokens = map(int, name.split("/"))
+        # Others are the short prompt's own.
+        if end > CUT + WINDOW and (tokens in (WINDOW, 1) or end == LENGTH):
+            compared += 1
+            assert selected[:2] == selected[2:], f"window {name} differs"
+    assert compared > (LENGTH - CUT) // WINDOW
 
 
 def own_windows(result: dict[str, Any], case: PolicyCase) -> dict[str, Any]:

@@ -1,0 +1,109 @@
+"""The page holds every row and figure by itself; the command says what was asked of it."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+from typer.testing import CliRunner
+
+from kvplug.cli import app
+from kvplug.errors import KvplugError
+from kvplug.evals.command import chosen_tasks, lowest, own_setups
+from kvplug.evals.plan import Settings
+from kvplug.evals.records import Records
+from kvplug.evals.report import COLUMNS, cells, markdown, page
+from kvplug.evals.run import run
+from kvplug.evals.summary import ALL, summarise
+from kvplug.evals.tasks import TASKS
+from tests.evals.test_run import JOB, SETTINGS, SETUPS, Solver, quiet
+
+pytest.importorskip("plotly")
+
+
+@pytest.fixture(scope="module")
+def records() -> Records:
+    found = Records(None, SETTINGS)
+    run(JOB, Solver(), found, quiet)
+    return found
+
+
+def test_the_page_is_self_contained(records: Records) -> None:
+    answers = list(records.answers.values())
+    rows = summarise(answers, SETUPS, 32)
+    text = page(SETTINGS, rows, answers)
+    assert not re.findall(r'<(?:script|link|img)[^>]+(?:src|href)="?http', text)
+    for row in rows:
+        for cell in cells(row):
+            assert cell in text
+    for title in ("Accuracy against budget", "What a speed-up costs", "dense: accuracy by place",
+                  "simhash@512: accuracy by place"):  # fmt: skip
+        assert title in text
+
+
+def test_names_are_escaped() -> None:
+    text = page(Settings("<script>x", "prose", True, 32, 4096, False, {}), [], [])
+    assert "<script>x" not in text
+    assert "&lt;script&gt;x" in text
+
+
+def test_markdown_has_a_row_for_each(records: Records) -> None:
+    rows = summarise(list(records.answers.values()), SETUPS, 32)
+    lines = markdown(SETTINGS, rows).splitlines()
+    assert len(lines) == len(rows) + 2
+    assert {line.count("|") for line in lines} == {len(COLUMNS) + 1}
+
+
+def test_the_lowest_share_decides(records: Records) -> None:
+    rows = summarise(list(records.answers.values()), SETUPS, 32)
+    assert lowest(rows) == min(row.kept.value for row in rows if row.kept)
+    assert lowest([row for row in rows if row.task != "niah_multiquery" and row.task != ALL]) == 1
+    assert lowest([]) is None
+
+
+def test_sets_of_tasks() -> None:
+    assert chosen_tasks("all") == list(TASKS)
+    assert "passkey" in chosen_tasks("recall")
+    assert "sort" not in chosen_tasks("recall")
+    assert chosen_tasks("vt,passkey,vt") == ["vt", "passkey"]
+    with pytest.raises(KvplugError, match="Unknown task 'passkeys'"):
+        chosen_tasks("vt,passkeys")
+
+
+def test_own_setups() -> None:
+    assert own_setups(['mine={"policy": "hax"}']) == {"mine": '{"policy": "hax"}'}
+    with pytest.raises(KvplugError, match="LABEL=OPTIONS"):
+        own_setups(["mine"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["recall", "--tasks", "niah"], "Unknown task 'niah'"),
+        (["recall", "--policies", "simhas"], "Unknown policy 'simhas'"),
+        (["recall", "--haystack", "no-such-folder"], "neither 'noise' nor"),
+        (["recall", "--budgets", "0"], "positive whole numbers"),
+        (["recall", "--setup", "mine", "--policies", "mine"], "LABEL=OPTIONS"),
+        (["recall", "--tasks", "joint_recall", "--contexts", "300"], "needs"),
+        (["http://127.0.0.1:9/v1", "--timeout", "2"], "cannot be reached"),
+    ],
+)
+def test_bad_input_is_one_sentence(arguments: list[str], message: str) -> None:
+    result = CliRunner().invoke(app, ["eval", *arguments])
+    assert isinstance(result.exception, KvplugError)
+    assert message in str(result.exception)
+    assert "\n" not in str(result.exception)
+
+
+def test_fail_under_and_json(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvplug.evals.local.LocalModel", lambda settings, eager: Solver())
+    arguments = ["eval", "recall", "--tasks", "niah_multiquery", "--contexts", "600",
+                 "--examples", "2", "--budgets", "256", "--json"]  # fmt: skip
+    passed = CliRunner().invoke(app, arguments)
+    assert passed.exit_code == 0
+    rows = json.loads(passed.stdout.splitlines()[-1])
+    assert {row["setup"] for row in rows} == {"dense", "simhash@256"}
+    failed = CliRunner().invoke(app, [*arguments, "--fail-under", "0.99"])
+    assert failed.exit_code == 1
+    assert CliRunner().invoke(app, [*arguments, "--fail-under", "0.1"]).exit_code == 0
