@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from numba import prange
 
@@ -46,9 +47,15 @@ class PageReader:
         self, pages: torch.Tensor, places: Ints, shape: tuple[int, int], name: str
     ) -> None:
         """Views the pages as bits."""
-        self._dtype, self._shape = pages.dtype, shape
+        self._pages, self._dtype, self._shape = pages, pages.dtype, shape
         self._bits = pages.view(BITS[pages.dtype]).numpy()
         self._places, self._name = places, f"reader.{name}"
+
+    def transposed(self) -> PageReader:
+        """Reads the same numbers as ``[n, B, A]``."""
+        first, second = self._shape
+        places = np.ascontiguousarray(self._places.reshape(first, second).T).ravel()
+        return PageReader(self._pages, places, (second, first), f"{self._name}.transposed")
 
     def read(self, rows: torch.Tensor, workspace: Workspace) -> torch.Tensor:
         """Copies pages of single heads.

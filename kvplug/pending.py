@@ -14,12 +14,13 @@ import numpy as np
 import torch
 from numba import njit
 
-from kvplug.stage import LayerShape, Memory, Passage
+from kvplug.stage import LayerShape, Passage
 from kvplug.step import Step
 from kvplug.windows import cut_windows
 
 if TYPE_CHECKING:
     from kvplug.pages import PageGeometry
+    from kvplug.pipeline import LayerStages
     from kvplug.windows import Batch
     from kvplug.workspace import Workspace
 
@@ -74,53 +75,38 @@ class PendingTokens:
 
     Args:
         shape: The layer's geometry.
-        watched: Whether memories watch, and so want queries too.
     """
 
-    def __init__(self, shape: LayerShape, watched: bool) -> None:
+    def __init__(self, shape: LayerShape) -> None:
         """Allocates room for CAPACITY tokens."""
         self._keys = torch.zeros((CAPACITY, shape.num_kv_heads, shape.head_dim))
-        rows = CAPACITY if watched else 0
-        self._queries = torch.zeros((rows, shape.num_heads, shape.head_dim))
+        self._queries = torch.zeros((CAPACITY, shape.num_heads, shape.head_dim))
 
-    def add_keys(self, places: slice, keys: torch.Tensor) -> None:
-        """Keeps the keys of tokens that :class:`PendingSteps` noted.
+    def add(self, places: slice, queries: torch.Tensor, keys: torch.Tensor) -> None:
+        """Keeps queries and keys of tokens that :class:`PendingSteps` noted.
 
         Args:
             places: From :meth:`PendingSteps.add`.
-            keys: ``[T, Hk, D]``; rows behind the step's tokens are padding.
+            queries: ``[n, H, D]``.
+            keys: ``[n, Hk, D]``.
         """
-        self._keys[places].copy_(keys[: places.stop - places.start])
-
-    def add_queries(self, places: slice, queries: torch.Tensor) -> None:
-        """Keeps their queries ``[n, H, D]``."""
         self._queries[places].copy_(queries)
+        self._keys[places].copy_(keys)
 
     def tell(
-        self,
-        step: Step,
-        slots: torch.Tensor,
-        writers: list[Memory],
-        watchers: list[Memory],
-        workspace: Workspace,
+        self, step: Step, slots: torch.Tensor, layer: LayerStages, workspace: Workspace
     ) -> None:
         """Tells memories of all waiting tokens, as their steps would have.
 
         Args:
             step: From :meth:`PendingSteps.step`.
             slots: ``[n]`` of the tokens.
-            writers: Memories that want keys.
-            watchers: Memories that watch.
+            layer: Whose memories.
             workspace: Where buffers live.
         """
         count = len(step.stream)
-        keys = self._keys[:count]
-        for memory in writers:
-            memory.write(keys, slots[:count])
-        if watchers:
-            passage = Passage(self._queries[:count], keys, step, workspace)
-            for memory in watchers:
-                memory.watch(passage)
+        passage = Passage(self._queries[:count], self._keys[:count], step, workspace)
+        layer.watch(passage, slots[:count])
 
 
 @njit(cache=True)

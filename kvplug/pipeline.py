@@ -13,12 +13,13 @@ import numpy as np
 import torch
 
 from kvplug.config import KvplugConfig
+from kvplug.index.sealing import Seals
 from kvplug.page_table import PageTable
 from kvplug.pages import PageGeometry
 from kvplug.pending import PendingSteps, PendingTokens
 from kvplug.policies import make_stages
 from kvplug.select.unranked import count_unranked
-from kvplug.stage import Layer, LayerShape, Memory, Passage
+from kvplug.stage import Layer, LayerShape, Memory, Passage, Sealing
 from kvplug.step import Step
 from kvplug.windows import Batch, cut_windows
 from kvplug.workspace import Workspace
@@ -39,6 +40,10 @@ class Plan(NamedTuple):
     """What every layer of a step shares."""
 
     step: Step
+    slots: torch.Tensor
+    """``[T]`` int64, where the step's keys go; negative ones are padding."""
+    sealed: Sealing | None
+    """Pages that every layer summarises in this step; None where there are none."""
     table: PageTable | None
     """None: every window is dense, and the step is only watched."""
 
@@ -65,13 +70,21 @@ class LayerStages:
         self.select: Select = stages.select.for_layer(layer)
         self.memories: list[Memory] = [*layer.memories.values(), self.index]
         self.watchers = [m for m in self.memories if type(m).watch is not Memory.watch]
-        self.writers = [m for m in self.memories if type(m).write is not Memory.write]
-        self.pending = PendingTokens(layer.shape, bool(self.watchers))
+        self.sealers = [m for m in self.memories if type(m).seal is not Memory.seal]
+        self.forgetters = [m for m in self.memories if type(m).forget is not Memory.forget]
+        self.pending = PendingTokens(layer.shape) if self.watchers else None
 
-    def write(self, keys: torch.Tensor, slots: torch.Tensor) -> None:
-        """Tells every memory of new keys; see :meth:`Memory.write`."""
-        for memory in self.writers:
-            memory.write(keys, slots)
+    def watch(self, passage: Passage, slots: torch.Tensor) -> None:
+        """Shows a step to every memory that learns from it, after it forgot what it replaces.
+
+        Args:
+            passage: The step, as it passes through the layer.
+            slots: ``[T]`` where its keys went.
+        """
+        for memory in self.forgetters:
+            memory.forget(slots)
+        for memory in self.watchers:
+            memory.watch(passage)
 
     def nbytes(self) -> float:
         """Bytes that the layer's memories take when every page is in use."""
@@ -99,6 +112,8 @@ class Pipeline:
         self.workspace = Workspace()
         self.common: dict[type, Memory] = {}
         self.layers: list[LayerStages] = []
+        self.seals: Seals | None = None
+        """Which pages every layer has summarised; None before there is a layer."""
         self.pending = PendingSteps(self.geometry)
         self.waiting: slice | None = None
         """Places of the step's tokens among those that wait; None if they do not."""
@@ -131,7 +146,8 @@ class Pipeline:
         known = set(self.common)
         layer = LayerStages(self, Layer(shape, self.common, reader))
         # The first layer that asks for a shared memory feeds it.
-        layer.writers += [memory for kind, memory in self.common.items() if kind not in known]
+        layer.forgetters += [memory for kind, memory in self.common.items() if kind not in known]
+        self.seals = self.seals or Seals(shape.num_pages)
         needs_logits = self.stages.segment is not None and self.stages.segment.needs_logits
         self.watched = self.watched or needs_logits or bool(layer.watchers)
         self.segmenter = layer.segmenter
@@ -146,9 +162,13 @@ class Pipeline:
             wait: the step then takes the stock path itself.
         """
         self.waiting = None
-        if self.stages.always_dense or self._can_wait(batch):
+        if self.stages.always_dense:
             return None
-        query_start, seq_lens, is_prefilling, block_table, _ = batch
+        if self.seals is not None:
+            self.seals.reset(batch.slots, self.geometry.page)
+        if self.watched and self._can_wait(batch):
+            return None
+        query_start, seq_lens, is_prefilling, block_table, slots = batch
         if not self.watched and seq_lens.max() <= self.geometry.dense_below:
             return None
         cut = (query_start, seq_lens, is_prefilling, self.geometry)
@@ -159,47 +179,38 @@ class Pipeline:
         stream = cut_windows(*cut, merge=False) if self.watched else None
         pages = torch.from_numpy(block_table)
         step = Step(windows, pages, self.geometry.most_pages, stream, is_prefilling)
+        new = torch.from_numpy(slots[: query_start[-1]])
         if not is_sparse:
-            return Plan(step, None)
+            return Plan(step, new, None, None)
+        sealed = self.seals.seal(step, self.workspace) if self.seals is not None else None
+        if sealed is not None and not len(sealed.pages):
+            sealed = None
         table = PageTable(step, self.geometry, self.num_kv_heads, self.workspace)
-        return Plan(step, table)
+        return Plan(step, new, sealed, table)
 
     def _can_wait(self, batch: Batch) -> bool:
         """Whether the step's tokens wait; if not, those that do are told first."""
-        if not self.layers:
-            return False
         self.waiting = self.pending.add(batch)
         if self.waiting is None and self.pending.count:
             step, slots = self.pending.step(), self.pending.slots
             for layer in self.layers:
-                memories = layer.writers, layer.watchers
-                layer.pending.tell(step, slots, *memories, self.workspace)
+                if layer.pending is not None:
+                    layer.pending.tell(step, slots, layer, self.workspace)
             self.pending.count = 0
             self.waiting = self.pending.add(batch)
         return self.waiting is not None
 
-    def write(self, layer: LayerStages, keys: torch.Tensor, slots: torch.Tensor) -> None:
-        """Tells one layer's memories of the step's keys, now or when it matters.
-
-        Args:
-            layer: The layer's stages.
-            keys: ``[T, Hk, D]``, any float dtype.
-            slots: ``[T]`` int64; negative ones are padding.
-        """
-        if self.waiting is not None:
-            layer.pending.add_keys(self.waiting, keys)
-        else:
-            layer.write(as_float(keys, self.workspace, "keys"), slots)
-
-    def pass_by(self, layer: LayerStages, queries: torch.Tensor) -> None:
-        """Keeps one layer's queries ``[T, H, D]`` of a step without a plan, if they will matter."""
-        if self.waiting is not None and layer.watchers:
-            layer.pending.add_queries(self.waiting, queries)
+    def pass_by(self, layer: LayerStages, queries: torch.Tensor, keys: torch.Tensor) -> None:
+        """Keeps a step without a plan, ``[T, H, D]`` and ``[T, Hk, D]``, if it will matter."""
+        if self.waiting is not None and layer.pending is not None:
+            layer.pending.add(self.waiting, queries, keys)
 
     def run(
         self, layer: LayerStages | None, queries: torch.Tensor, keys: torch.Tensor, plan: Plan
     ) -> None:
-        """Lets one layer's memories watch the step, and writes its pages into the plan's table.
+        """Lets one layer's memories learn from the step; writes its pages into the plan's table.
+
+        The step's keys must be in the cache.
 
         Args:
             layer: The layer's stages; None leaves sinks and local pages only.
@@ -209,14 +220,13 @@ class Pipeline:
         """
         if layer is None:
             return
-        floats = as_float(queries, self.workspace, "queries")
-        if layer.watchers:
-            key_floats = as_float(keys, self.workspace, "keys")
-            passage = Passage(floats, key_floats, plan.step, self.workspace)
-            for memory in layer.watchers:
-                memory.watch(passage)
+        passage = Passage(queries, keys, plan.step, self.workspace)
+        layer.watch(passage, plan.slots)
+        if plan.sealed is not None:
+            for memory in layer.sealers:
+                memory.seal(plan.sealed, plan.step, self.workspace)
         if plan.table is not None:
-            self._select(layer, floats, plan.step, plan.table)
+            self._select(layer, passage.queries, plan.step, plan.table)
 
     def learn(self, hidden: torch.Tensor, tokens: torch.Tensor, model: Any, step: Step) -> None:
         """Lets the segment stage learn from a step's output; see :meth:`Segmenter.learn`."""
@@ -268,14 +278,12 @@ class Pipeline:
         queries = torch.zeros((geometry.window, shape.num_heads, shape.head_dim))
         ids = torch.zeros(geometry.window, dtype=torch.int64)
         context = sparse_context(geometry)
-        if layer is not None:
-            for count in (1, 2):
-                layer.write(keys[:count], torch.arange(count))
         pages = np.arange(-(-context // page), dtype=np.int32)[None]
         for tokens in (1, geometry.window):
             starts, ends = np.array([0, tokens], np.int32), np.array([context], np.int32)
             slots = np.arange(context - tokens, context)
-            plan = self.plan(Batch(starts, ends, np.array([tokens > 1]), pages, slots))
+            batch = Batch(starts, ends, np.array([tokens > 1]), pages, slots)
+            plan = self.plan(batch)
             if plan is not None:
                 self.run(layer, queries[:tokens], keys[:tokens], plan)
             if plan is not None and self.segmenter is not None:
@@ -307,10 +315,3 @@ def sparse_context(geometry: PageGeometry) -> int:
     tokens = geometry.dense_below + geometry.local + 2 * geometry.window
     tokens += (geometry.sink_pages + geometry.most_pages + 1) * geometry.page
     return -(-tokens // geometry.window) * geometry.window
-
-
-def as_float(vectors: torch.Tensor, workspace: Workspace, name: str) -> torch.Tensor:
-    """``vectors`` as contiguous float32, in the workspace unless they are that already."""
-    if vectors.dtype == torch.float32 and vectors.is_contiguous():
-        return vectors
-    return workspace.take(name, tuple(vectors.shape), torch.float32).copy_(vectors)

@@ -9,16 +9,18 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from functools import cached_property
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
+
+import torch
 
 from kvplug.errors import KvplugError
 
 if TYPE_CHECKING:
-    import torch
-
     from kvplug.page_reader import PageReader
     from kvplug.step import Step
+    from kvplug.windows import Ints
     from kvplug.workspace import Workspace
 
 
@@ -51,17 +53,62 @@ class LayerShape(NamedTuple):
     """Of the layer's logits, ``1 / sqrt(D)`` in most models."""
 
 
-class Passage(NamedTuple):
-    """What passes through one layer in one step; valid until the layer's step ends."""
+class Passage:
+    """What passes through one layer in one step; valid until the layer's step ends.
 
-    queries: torch.Tensor
-    """``[T, H, D]`` float32, after the rotary embedding."""
-    keys: torch.Tensor
-    """``[T, Hk, D]`` float32, as they went into the cache."""
-    step: Step
-    """``step.stream`` has every window, dense ones included, in order."""
-    workspace: Workspace
-    """Where buffers live."""
+    Args:
+        queries: ``[T, H, D]`` after the rotary embedding, any float dtype.
+        keys: ``[T, Hk, D]`` as they went into the cache, any float dtype.
+        step: ``step.stream`` has every window, dense ones included, in order.
+        workspace: Where buffers live.
+    """
+
+    def __init__(
+        self, queries: torch.Tensor, keys: torch.Tensor, step: Step, workspace: Workspace
+    ) -> None:
+        """Holds its arguments."""
+        self.step, self.workspace = step, workspace
+        self._queries, self._keys = queries, keys
+
+    @cached_property
+    def queries(self) -> torch.Tensor:
+        """``[T, H, D]`` float32, converted when they are first asked for."""
+        return as_float(self._queries, self.workspace, "queries")
+
+    @cached_property
+    def keys(self) -> torch.Tensor:
+        """``[T, Hk, D]`` float32, likewise."""
+        return as_float(self._keys, self.workspace, "keys")
+
+    def queries_at(self, tokens: torch.Tensor) -> torch.Tensor:
+        """``[n, H, D]`` float32 queries of some tokens, without converting all of them."""
+        return self._queries[tokens].float()
+
+    def keys_at(self, tokens: torch.Tensor) -> torch.Tensor:
+        """``[n, Hk, D]`` float32 keys of some tokens."""
+        return self._keys[tokens].float()
+
+
+def as_float(vectors: torch.Tensor, workspace: Workspace, name: str) -> torch.Tensor:
+    """``vectors`` as contiguous float32, in the workspace unless they are that already."""
+    if vectors.dtype == torch.float32 and vectors.is_contiguous():
+        return vectors
+    return workspace.take(name, tuple(vectors.shape), torch.float32).copy_(vectors)
+
+
+class Sealing(NamedTuple):
+    """Pages that a step's windows leave behind, ``n`` of them, window by window.
+
+    They are whole, no later query has them in its local region, and none was sealed since it was
+    last written to. Valid until the next step is planned.
+    """
+
+    pages: Ints
+    """``[n]`` physical pages, each once. Within a window they ascend logically."""
+    logical: Ints
+    """``[n]`` their numbers in the context of the window that seals them."""
+    starts: Ints
+    """``[S + 1]`` first entry of each window of ``step.windows``, then n."""
 
 
 class Memory:
@@ -78,11 +125,10 @@ class Memory:
         """Holds the shape; subclasses allocate."""
         self.shape = layer.shape
 
-    def write(self, keys: torch.Tensor, slots: torch.Tensor) -> None:
-        """New keys are in the cache: forgets what their slots held before. The default ignores it.
+    def forget(self, slots: torch.Tensor) -> None:
+        """Slots have new keys: forgets what was learnt of the old. The default does nothing.
 
         Args:
-            keys: ``[T, Hk, D]`` float32, as they go into the cache.
             slots: ``[T]`` int64, ``page * P + offset``; negative ones are padding and skipped.
         """
 
@@ -91,6 +137,19 @@ class Memory:
 
         Called in every step, dense ones included. What it stores for a window may depend on
         nothing behind that window, for a chunk may hold later ones (design rule 4).
+        """
+
+    def seal(self, sealed: Sealing, step: Step, workspace: Workspace) -> None:
+        """Summarises pages, whose keys are in the cache. The default does nothing.
+
+        Called before windows that may retrieve them are scored, after every memory has watched the
+        step. A page is sealed by the first window that retrieves and has it in its far range,
+        whatever the chunks and the batch are.
+
+        Args:
+            sealed: The pages, at least one.
+            step: The step that seals them.
+            workspace: Where buffers live.
         """
 
     @property
@@ -142,7 +201,7 @@ class Layer:
 
     @property
     def reader(self) -> PageReader:
-        """Reads keys back from the cache.
+        """Reads keys back from the cache, ``[n, D, P]``.
 
         Raises:
             KvplugError: It cannot be read.
@@ -154,6 +213,15 @@ class Layer:
                 "--kv-cache-dtype."
             )
         return self._reader
+
+    @property
+    def row_reader(self) -> PageReader:
+        """Reads keys back from the cache as rows, ``[n, P, D]``.
+
+        Raises:
+            KvplugError: It cannot be read.
+        """
+        return self.reader.transposed()
 
 
 class Stage(ABC):

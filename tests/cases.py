@@ -18,9 +18,6 @@ class PolicyCase(NamedTuple):
     retrieves: bool = True
     """Whether it scores pages; without, a sparse window has no far pages at all."""
     always_dense: bool = False
-    indexes_on_write: bool = True
-    """Whether keys are indexed as they are written, and not when their page leaves the local
-    region."""
     finds_a_key: bool = True
     """Whether one outstanding key is enough for its page to be found."""
     one_list: bool = False
@@ -42,25 +39,27 @@ POLICY_CASES = [
     PolicyCase("simhash", {}),
     PolicyCase("simhash", {"last": 1, "active": 0}),
     PolicyCase("simhash", {"last": 3, "active": 7}),
-    PolicyCase(
-        "emllm", {"max_tokens": 32}, indexes_on_write=False, finds_a_key=False, one_list=True
-    ),
+    PolicyCase("emllm", {"max_tokens": 32}, finds_a_key=False, one_list=True),
     PolicyCase(
         "emllm", {"refine": "modularity", "min_tokens": 2, "contiguity": 0.0, "index": "minmax"}
     ),
-    PolicyCase("infllm", {}, indexes_on_write=False, finds_a_key=False, one_list=True),
-    PolicyCase("infllm", {"heads": "each"}, indexes_on_write=False, finds_a_key=False),
-    PolicyCase("hax", {}, indexes_on_write=False, finds_a_key=False),
-    PolicyCase(
-        "hax", {"bits": 8, "rounds": 3, "split": 0.8}, indexes_on_write=False, finds_a_key=False
-    ),
-    PolicyCase("actqkv", {}, indexes_on_write=False, finds_a_key=False, one_list=True, varies=True),
+    PolicyCase("infllm", {}, finds_a_key=False, one_list=True),
+    PolicyCase("infllm", {"heads": "each"}, finds_a_key=False),
+    PolicyCase("hax", {}, finds_a_key=False),
+    PolicyCase("hax", {"bits": 8, "rounds": 3, "split": 0.8}, finds_a_key=False),
+    PolicyCase("actqkv", {}, finds_a_key=False, one_list=True, varies=True),
     PolicyCase(
         "simhash", {"probe": ["activation", "last_activated"], "budget": "entropy"}, varies=True
     ),
     PolicyCase("quest", {"budget": {"name": "top_p", "p": 0.5, "temperature": 0.2}}, varies=True),
-    PolicyCase("hcam", {}, indexes_on_write=False),
-    PolicyCase("hcam", {"pages": 3, "spread": 1.0}, indexes_on_write=False),
+    PolicyCase(
+        "hcam",
+        {},
+    ),
+    PolicyCase(
+        "hcam",
+        {"pages": 3, "spread": 1.0},
+    ),
 ]
 
 

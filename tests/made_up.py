@@ -128,10 +128,10 @@ class World:
         self._store(poison, torch.arange(self.page))
 
     def _store(self, keys: torch.Tensor, slots: torch.Tensor) -> None:
-        """Puts keys ``[T, Hk, D]`` into the cache, and tells the layer."""
+        """Puts keys ``[T, Hk, D]`` into the cache; their pages are not summarised any more."""
         self._pack(keys, slots)
-        if self.layer is not None:
-            self.layer.write(keys, slots)
+        if self.pipeline.seals is not None:
+            self.pipeline.seals.reset(slots.numpy(), self.page)
 
     def _pack(self, keys: torch.Tensor, slots: torch.Tensor) -> None:
         """Puts keys into the cache as vLLM's kernel packs them."""
@@ -210,11 +210,12 @@ class World:
             slots.numpy(),
         )
         plan = self.pipeline.plan(batch)
-        keys = torch.cat([self.keys(p.request)[p.start : p.stop] for p in pieces])
-        self._pack(keys, slots)
-        if self.layer is not None:
-            self.pipeline.write(self.layer, keys, slots)
+        self._pack(self.new_keys(pieces), slots)
         return plan
+
+    def new_keys(self, pieces: Sequence[Piece]) -> torch.Tensor:
+        """``[T, Hk, D]`` keys of the step."""
+        return torch.cat([self.keys(p.request)[p.start : p.stop] for p in pieces])
 
     def queries(self, pieces: Sequence[Piece]) -> torch.Tensor:
         """``[T, H, D]`` queries of the step."""
@@ -231,7 +232,7 @@ class World:
             self.attend(pieces, plan)
             self.learn(pieces, plan)
         elif self.layer is not None:
-            self.pipeline.pass_by(self.layer, self.queries(pieces))
+            self.pipeline.pass_by(self.layer, self.queries(pieces), self.new_keys(pieces))
         if plan is None or plan.table is None:
             return {
                 (piece.request, position): None
@@ -242,8 +243,7 @@ class World:
 
     def attend(self, pieces: Sequence[Piece], plan: Plan, sign: float = 1.0) -> None:
         """Runs the layer over the step, with its queries times ``sign``."""
-        keys = [self.keys(p.request)[p.start : p.stop] for p in pieces]
-        self.pipeline.run(self.layer, sign * self.queries(pieces), torch.cat(keys), plan)
+        self.pipeline.run(self.layer, sign * self.queries(pieces), self.new_keys(pieces), plan)
 
     def learn(self, pieces: Sequence[Piece], plan: Plan) -> None:
         """Shows the model's output to a recipe that learns from it."""

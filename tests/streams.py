@@ -44,7 +44,7 @@ def watched(
     queries: Sequence[torch.Tensor],
     keys: Sequence[torch.Tensor],
 ) -> Step:
-    """Lets memories see one step: they are written to, then watch.
+    """Lets memories see one step: they forget what it replaces, then watch.
 
     Args:
         memories: In the order in which a layer has them.
@@ -60,7 +60,7 @@ def watched(
     new = torch.cat([k[span] for k, span in zip(keys, spans, strict=True)])
     slots = slots_of(geometry, batch, table)
     for memory in memories:
-        memory.write(new, slots)
+        memory.forget(slots)
     for memory in memories:
         memory.watch(Passage(mine, new, step, Workspace()))
     return step

@@ -6,7 +6,7 @@ random words that come twice, which is where copying is learnt first; and made-u
 have gaps (PoSE, Zhu et al. 2024, arXiv 2309.10400), so that short sequences show all distances up
 to 40,000 tokens; the last phases are long, so that attention learns to stay sharp among many keys.
 
-Everything follows from ``--seed``. Losses go to ``losses.csv``, weights and configuration beside it.
+Everything follows from ``--seed``. Losses go to ``losses.csv``, weights and settings beside it.
 """
 
 from __future__ import annotations
@@ -140,8 +140,7 @@ class Pieces:
 
 
 def sequences(pieces: Pieces, length: int, begin: int) -> Iterator[tuple[list[int], list[float]]]:
-    """Endless sequences of ``length + 1`` tokens: pieces of very different lengths, one after
-    another, each whole."""
+    """Endless sequences of ``length + 1`` tokens: whole pieces of very different lengths."""
     draw = pieces.draw
     while True:
         ids, weights = [begin], [0.0]
@@ -194,7 +193,8 @@ def train(phases: tuple[Phase, ...], seed: int, out: Path) -> None:
         [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}],
         betas=(0.9, 0.98), lr=0.0,
     )  # fmt: skip
-    pieces, losses, start = Pieces(tokenizer, draw), [], time.perf_counter()
+    pieces, start = Pieces(tokenizer, draw), time.perf_counter()
+    losses: list[tuple[int, int, float, float]] = []
     out.mkdir(parents=True, exist_ok=True)
     for number, phase in enumerate(phases):
         source = sequences(pieces, phase.length, tokenizer.bos_token_id)

@@ -89,19 +89,6 @@ class KvplugImpl(CPUAttentionBackendImpl):
             means = self.stages.index.means
             self.coarse = CoarseMerge(reader, values, means, self.scale, self.logits_soft_cap)
 
-    def do_kv_cache_update(
-        self,
-        layer: torch.nn.Module,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        kv_cache: torch.Tensor,
-        slot_mapping: torch.Tensor,
-    ) -> None:
-        """Writes keys and values to the cache, and keys to the index."""
-        super().do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)
-        if self.stages is not None:
-            self._pipeline.write(self.stages, key, slot_mapping)
-
     def forward(
         self,
         layer: Any,
@@ -121,7 +108,8 @@ class KvplugImpl(CPUAttentionBackendImpl):
             tokens = attn_metadata.num_actual_tokens
             self._pipeline.run(self.stages, query[:tokens], key[:tokens], plan)
         elif attn_metadata is not None and self.stages is not None:
-            self._pipeline.pass_by(self.stages, query[: attn_metadata.num_actual_tokens])
+            tokens = attn_metadata.num_actual_tokens
+            self._pipeline.pass_by(self.stages, query[:tokens], key[:tokens])
         if plan is None or plan.table is None:
             return super().forward(
                 layer, query, key, value, kv_cache, attn_metadata, output, output_scale,

@@ -63,15 +63,15 @@ def targets(layers: list[Any]) -> dict[str, list[tuple[type, str, str]]]:
     from kvplug.page_table import PageTable
     from kvplug.pipeline import Pipeline
 
-    whole = [(Pipeline, name, "select") for name in ("plan", "write", "run")]
+    whole = [(Pipeline, name, "select") for name in ("plan", "run")]
     attention = [(CpuAttend, "__call__", "attend")]
     single: dict[tuple[type, str], str] = {(PageTable, "write_selected"): "table"}
     for layer in layers:
         stages = layer.impl.stages
         if stages is None:
             continue
-        for memory in stages.writers:
-            single[type(memory), "write"] = f"write {type(memory).__name__}"
+        for memory in stages.sealers:
+            single[type(memory), "seal"] = f"seal {type(memory).__name__}"
         for memory in stages.watchers:
             single[type(memory), "watch"] = f"watch {type(memory).__name__}"
         single[type(stages.probe), "build"] = "probe"

@@ -45,9 +45,6 @@ class RandomScores(Index):
 class _Scores(PageIndex):
     """Scores follow from layer, head, page and the window's end alone, so runs repeat."""
 
-    def write(self, keys: torch.Tensor, slots: torch.Tensor) -> None:
-        """Keys are not looked at."""
-
     def score(self, probes: Probes, step: Step, scores: torch.Tensor) -> None:
         """See :meth:`PageIndex.score`."""
         windows = step.windows

@@ -70,7 +70,8 @@ def command(progress: Progress, out: Console, numbers: Callable[[str], list[int]
         selector: Annotated[
             bool,
             typer.Option(
-                "--selector", help="Measure what heads select, not answers: captured mass, best "
+                "--selector",
+                help="Measure what heads select, not answers: captured mass, best "
                 "pages found, output error.",
             ),
         ] = False,

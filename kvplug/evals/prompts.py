@@ -48,4 +48,7 @@ class Prompts:
         """A setup's reply, scored."""
         example, tokens = self.of(question)
         score = METRICS[TASKS.get(question.task).metric](reply.output, example)
-        return Answer(setup, *question, tokens, example.depth, *reply[:2], score, *reply[2:])
+        return Answer(
+            setup, *question, tokens, example.depth, reply.output, reply.tokens, score,
+            reply.ttft_s, reply.decode_tok_s, reply.choices,
+        )  # fmt: skip

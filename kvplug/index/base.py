@@ -5,13 +5,22 @@ from __future__ import annotations
 from abc import abstractmethod
 from typing import TYPE_CHECKING
 
+import numpy as np
+import torch
+
 from kvplug.stage import Layer, Memory, Stage
 
 if TYPE_CHECKING:
-    import torch
+    from collections.abc import Iterator
 
+    from kvplug.page_reader import PageReader
     from kvplug.probe.base import Probes
     from kvplug.step import Step
+    from kvplug.windows import Ints
+    from kvplug.workspace import Workspace
+
+PAGES_PER_READ = 256
+"""Pages whose keys are unpacked at a time: 16 MiB with 4 heads of 32 tokens and 128 numbers."""
 
 
 class Index(Stage):
@@ -25,16 +34,10 @@ class Index(Stage):
 
 
 class PageIndex(Memory):
-    """Summary of one layer's keys. State belongs to physical pages and slots (design rule 1)."""
+    """Summary of one layer's keys. State belongs to physical pages and slots (design rule 1).
 
-    @abstractmethod
-    def write(self, keys: torch.Tensor, slots: torch.Tensor) -> None:
-        """Remembers keys; overwrites what their slots held before.
-
-        Args:
-            keys: ``[T, Hk, D]`` float32, as they go into the cache.
-            slots: ``[T]`` int64, ``page * P + offset``; negative ones are padding and skipped.
-        """
+    Every page is sealed (:meth:`Memory.seal`) before it is scored.
+    """
 
     @abstractmethod
     def score(self, probes: Probes, step: Step, scores: torch.Tensor) -> None:
@@ -58,3 +61,25 @@ class PageIndex(Memory):
     def bytes_per_token(self) -> float:
         """Bytes of index per token and layer, all KV heads."""
         return self.nbytes() / (self.shape.num_pages * self.shape.page)
+
+
+def read_pages(
+    reader: PageReader, pages: Ints, num_kv_heads: int, workspace: Workspace
+) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Keys of whole pages, some at a time: a step can seal thousands.
+
+    Args:
+        reader: Of one layer.
+        pages: ``[n]`` physical pages.
+        num_kv_heads: Hk.
+        workspace: Owns the keys, until the next ones are read.
+
+    Yields:
+        Which of ``pages``, and their keys, ``[m, Hk, A, B]`` float32 with the reader's A and B.
+    """
+    heads = np.arange(num_kv_heads)
+    for first in range(0, len(pages), PAGES_PER_READ):
+        part = slice(first, first + PAGES_PER_READ)
+        rows = pages[part, None].astype(np.int64) * num_kv_heads + heads
+        keys = reader.read(torch.from_numpy(rows.ravel()), workspace)
+        yield part, keys.unflatten(0, (-1, num_kv_heads))

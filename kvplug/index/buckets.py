@@ -21,22 +21,22 @@ from numba import njit, prange
 
 from kvplug.compiled import compiled
 from kvplug.errors import KvplugError
-from kvplug.index.base import Index, PageIndex
+from kvplug.index.base import Index, PageIndex, read_pages
 from kvplug.index.centre import Centre, subtract
 from kvplug.index.planes import BITS, LANES, WORDS_PER_VECTOR, draw_planes, sign_words
 from kvplug.numeric import popcount
-from kvplug.stage import Layer, Passage
+from kvplug.stage import Layer
 
 if TYPE_CHECKING:
     from kvplug.probe.base import Probes
+    from kvplug.stage import Sealing
     from kvplug.step import Step
+    from kvplug.workspace import Workspace
 
 OPERATIONS = 2
 """Vector operations per word, of those of a simple Hamming distance, to estimate work."""
 PAGES_PER_TASK = 256
 """Pages scored by one thread at a time."""
-VECTORS = 16
-"""Vectors centred at a time, on their way to the hash."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class BucketIndex(PageIndex):
     def __init__(self, layer: Layer, bits: int, rounds: int) -> None:
         """Draws the planes and allocates the words (untouched pages cost no memory)."""
         super().__init__(layer)
-        shape = self.shape
+        shape, self._reader = self.shape, layer.row_reader
         self.rounds = rounds
         self.planes = draw_planes(shape)
         self.centre = layer.own(Centre)
@@ -88,21 +88,18 @@ class BucketIndex(PageIndex):
         """See :attr:`words`."""
         return (self.words,)
 
-    def write(self, keys: torch.Tensor, slots: torch.Tensor) -> None:
-        """Nothing: whose request a key is, and so its centre, is known to :meth:`watch` only.
+    def seal(self, sealed: Sealing, step: Step, workspace: Workspace) -> None:
+        """Hashes the pages' keys, centred by the mean of the request that seals them.
 
-        That runs in the same step, before anything is scored, and overwrites every slot's word.
+        Requests that share a page share their first one too, and with it the mean.
         """
-
-    def watch(self, passage: Passage) -> None:
-        """Hashes the step's keys, centred by their request's mean (taken just before)."""
-        step, keys = passage.step, passage.keys
-        stream, centre = step.stream, self.centre
-        _hash_stream(
-            keys.numel() * (BITS // LANES), keys.numpy(), centre.keys_host,
-            stream.request, stream.token_start, stream.num_tokens, stream.context_end,
-            step.block_table_host, self._planes_host, self._words_host,
-        )  # fmt: skip
+        heads = self.shape.num_kv_heads
+        sealers = np.repeat(step.windows.request, np.diff(sealed.starts))
+        for part, keys in read_pages(self._reader, sealed.pages, heads, workspace):
+            _hash_pages(
+                keys.numel() * (BITS // LANES), keys.numpy(), sealed.pages[part], sealers[part],
+                step.block_table_host, self.centre.keys_host, self._planes_host, self._words_host,
+            )  # fmt: skip
 
     def score(self, probes: Probes, step: Step, scores: torch.Tensor) -> None:
         """See :meth:`PageIndex.score`; the score is the number of rounds hit, 0 to ``rounds``.
@@ -127,25 +124,18 @@ class BucketIndex(PageIndex):
 
 
 @compiled()
-def _hash_stream(  # type: ignore[no-untyped-def]
-    keys, mean_keys, request, token_start, num_tokens, context_end, block_table, planes, words
+def _hash_pages(  # type: ignore[no-untyped-def]
+    keys, pages, request, block_table, mean_keys, planes, words
 ):
-    """``words[page, head, offset] = signs of the centred key`` for every token of the step."""
-    num_kv_heads, page = words.shape[1:]
-    for task in prange(request.shape[0] * num_kv_heads):
-        s, head = task // num_kv_heads, task % num_kv_heads
-        mine, position = block_table[request[s]], context_end[s] - num_tokens[s]
-        mean = mean_keys[mine[0], head]
-        centred = np.empty((VECTORS, keys.shape[2]), dtype=np.float32)
-        signs = np.empty(VECTORS, dtype=np.uint64)
-        for first in range(0, num_tokens[s], VECTORS):
-            count = min(VECTORS, num_tokens[s] - first)
-            for i in range(count):
-                subtract(keys[token_start[s] + first + i, head], mean, centred[i])
-            sign_words(centred[:count], planes[head], signs)
-            for i in range(count):
-                words[mine[position // page], head, position % page] = signs[i]
-                position += 1
+    """``words[pages[n], head] = signs of the centred keys[n, head]``, token by token."""
+    num_kv_heads, page, dim = keys.shape[1:]
+    for task in prange(pages.shape[0] * num_kv_heads):
+        n, head = task // num_kv_heads, task % num_kv_heads
+        mean = mean_keys[block_table[request[n], 0], head]
+        centred = np.empty((page, dim), dtype=np.float32)
+        for token in range(page):
+            subtract(keys[n, head, token], mean, centred[token])
+        sign_words(centred, planes[head], words[pages[n], head])
 
 
 @compiled()

@@ -59,16 +59,20 @@ class Centre(Memory):
 
     def watch(self, passage: Passage) -> None:
         """Takes the means of every prompt that begins in this step."""
-        step, queries, keys = passage.step, passage.queries, passage.keys
-        stream = step.stream
+        step, stream = passage.step, passage.step.stream
         begins = np.flatnonzero(stream.context_end == stream.num_tokens)
         # No prompt begins in a warm-up's step, and it must compile what a step can call.
         if len(begins) == 0 and self._called:
             return
         self._called = True
+        counts = stream.num_tokens[begins]
+        starts = np.cumsum(counts) - counts
+        places = np.arange(counts.sum()) + np.repeat(stream.token_start[begins] - starts, counts)
+        tokens = torch.from_numpy(places)
+        queries, keys = passage.queries_at(tokens), passage.keys_at(tokens)
         _take_means(
-            (queries.numel() + keys.numel()) // LANES, queries.numpy(), keys.numpy(), begins,
-            stream.request, stream.token_start, stream.num_tokens, step.block_table_host,
+            (queries.numel() + keys.numel()) // LANES, queries.numpy(), keys.numpy(),
+            starts, counts, stream.request[begins], step.block_table_host,
             self.queries_host, self.keys_host,
         )  # fmt: skip
 
@@ -86,18 +90,18 @@ def _mean(vectors, first, count, head, out):  # type: ignore[no-untyped-def]
 
 @compiled()
 def _take_means(  # type: ignore[no-untyped-def]
-    queries, keys, begins, request, token_start, num_tokens, block_table, mean_queries, mean_keys
+    queries, keys, starts, counts, request, block_table, mean_queries, mean_keys
 ):
-    """Means of the windows ``begins``, one head a task."""
+    """Means of windows, one head a task."""
     heads, kv_heads = queries.shape[1], keys.shape[1]
-    for task in prange(begins.shape[0] * (heads + kv_heads)):
-        s, head = begins[task // (heads + kv_heads)], task % (heads + kv_heads)
+    for task in prange(starts.shape[0] * (heads + kv_heads)):
+        s, head = task // (heads + kv_heads), task % (heads + kv_heads)
         page = block_table[request[s], 0]
         if head < heads:
-            _mean(queries, token_start[s], num_tokens[s], head, mean_queries[page, head])
+            _mean(queries, starts[s], counts[s], head, mean_queries[page, head])
         else:
             head -= heads
-            _mean(keys, token_start[s], num_tokens[s], head, mean_keys[page, head])
+            _mean(keys, starts[s], counts[s], head, mean_keys[page, head])
 
 
 @njit(cache=True, inline="always")

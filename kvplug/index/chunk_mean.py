@@ -20,21 +20,19 @@ from numba import njit, prange
 
 from kvplug.compiled import compiled
 from kvplug.errors import KvplugError
-from kvplug.index.base import Index, PageIndex
-from kvplug.index.sealing import Seals
+from kvplug.index.base import Index, PageIndex, read_pages
 from kvplug.numeric import dot_bfloat16, from_bfloat16, to_bfloat16
 from kvplug.select.bisection import put_in_order, threshold_of
-from kvplug.stage import Layer, Passage
+from kvplug.stage import Layer
 
 if TYPE_CHECKING:
-    from kvplug.index.sealing import Sealing
     from kvplug.probe.base import Probes
+    from kvplug.stage import Sealing
     from kvplug.step import Step
+    from kvplug.workspace import Workspace
 
 LANES = 16
 """Floats in a vector register, to estimate work."""
-PAGES_PER_READ = 256
-"""Pages whose keys are unpacked at a time: what bounds the memory of a step that seals many."""
 HEADS = ("each", "all")
 REDUCES = ("sum", "max")
 
@@ -98,7 +96,6 @@ class ChunkMeanIndex(PageIndex):
         self._chunks = torch.zeros(shape, dtype=torch.int16)
         self._means_host = self._means.numpy().view(np.uint16)
         self._chunks_host = self._chunks.numpy().view(np.uint16)
-        self._seals = Seals(self.shape.num_pages)
 
     @property
     def means(self) -> torch.Tensor:
@@ -112,33 +109,23 @@ class ChunkMeanIndex(PageIndex):
 
     @property
     def state(self) -> tuple[torch.Tensor, ...]:
-        """Means, means of chunks, and which pages have one."""
-        return (self._means, self._chunks, self._seals.flags)
+        """Means, and means of chunks."""
+        return (self._means, self._chunks)
 
-    def write(self, keys: torch.Tensor, slots: torch.Tensor) -> None:
-        """See :meth:`PageIndex.write`: the pages have no mean until they are sealed again."""
-        self._seals.reset(slots, self.shape.page)
-
-    def watch(self, passage: Passage) -> None:
-        """Summarises the pages that the step leaves behind; see :mod:`kvplug.index.sealing`."""
-        step, workspace = passage.step, passage.workspace
-        sealed = self._seals.seal(step, workspace)
-        heads, dim = self.shape.num_kv_heads, self.shape.head_dim
-        for first in range(0, len(sealed.pages), PAGES_PER_READ):
-            pages = sealed.pages[first : first + PAGES_PER_READ]
-            rows = (pages[:, None].astype(np.int64) * heads + np.arange(heads)).ravel()
-            keys = self._reader.read(torch.from_numpy(rows), workspace)
-            means = self._means_host.reshape(-1, dim)
-            _write_page_means(keys.numel() // LANES, keys.numpy(), rows, means)
-        if len(sealed.pages):
-            self._write_chunks(step, sealed)
+    def seal(self, sealed: Sealing, step: Step, workspace: Workspace) -> None:
+        """Summarises pages, and the chunks that are complete now."""
+        heads = self.shape.num_kv_heads
+        for part, keys in read_pages(self._reader, sealed.pages, heads, workspace):
+            work, pages = keys.numel() // LANES, sealed.pages[part]
+            _write_page_means(work, keys.numpy(), pages, self._means_host)
+        self._write_chunks(step, sealed)
 
     def _write_chunks(self, step: Step, sealed: Sealing) -> None:
         """Summarises the chunks that are complete now."""
-        stream = step.stream
+        windows = step.windows
         _write_chunk_means(
             len(sealed.pages) * self.shape.num_kv_heads * self.shape.head_dim // LANES,
-            sealed.logical, sealed.starts, stream.request, stream.far_begin, stream.far_end,
+            sealed.logical, sealed.starts, windows.request, windows.far_begin, windows.far_end,
             step.block_table_host, self._options.pages, self._means_host, self._chunks_host,
         )  # fmt: skip
 
@@ -168,12 +155,13 @@ def _sum(values):  # type: ignore[no-untyped-def]
 
 
 @compiled()
-def _write_page_means(keys, rows, means):  # type: ignore[no-untyped-def]
-    """``means[rows[i]] = mean of the page keys[i] [D, P]``, rounded once."""
-    _, dim, page = keys.shape
-    for i in prange(rows.shape[0]):
+def _write_page_means(keys, pages, means):  # type: ignore[no-untyped-def]
+    """``means[pages[n], head] = mean of keys[n, head] [D, P]``, rounded once."""
+    heads, dim, page = keys.shape[1:]
+    for task in prange(pages.shape[0] * heads):
+        n, head = task // heads, task % heads
         for d in range(dim):
-            means[rows[i], d] = to_bfloat16(_sum(keys[i, d]) / np.float32(page))
+            means[pages[n], head, d] = to_bfloat16(_sum(keys[n, head, d]) / np.float32(page))
 
 
 @compiled()

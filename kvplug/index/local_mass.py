@@ -60,7 +60,7 @@ class LocalMass(Memory):
         """See the class."""
         return (self.mass, self.seen)
 
-    def write(self, keys: torch.Tensor, slots: torch.Tensor) -> None:
+    def forget(self, slots: torch.Tensor) -> None:
         """Forgets the mass of what the slots held."""
         _forget(slots.numpy(), self._mass_host, self._seen_host)
 
@@ -96,12 +96,14 @@ class LocalMass(Memory):
         rows.numpy()[:] = np.arange(heads)[:, None]
         rows.numpy()[:] += listed * np.int64(heads)
         keys = self._reader.read(rows.view(-1), workspace)
-        most = int(stream.num_tokens[order[:windows]].sum()) // self.every + windows
+        sampled = _sampled_tokens(
+            order[:windows], stream.token_start, stream.num_tokens, stream.context_end, self.every
+        )
+        queries = passage.queries_at(torch.from_numpy(sampled))
         _add_mass(
-            most * shape.num_heads * shape.head_dim * (pages * shape.page // windows + 1) // LANES,
-            passage.queries.numpy(),
+            queries.numel() * (pages * shape.page // windows + 1) // LANES, queries.numpy(),
             keys.view(heads, pages, shape.head_dim, shape.page).numpy(),
-            order[:windows], self._place, stream.request, stream.token_start, stream.num_tokens,
+            order[:windows], self._place, stream.request, stream.num_tokens,
             stream.context_end, stream.far_end, step.block_table_host,
             self.every, np.float32(shape.scale * LOG2_E), self._mass_host, self._seen_host,
         )  # fmt: skip
@@ -132,6 +134,20 @@ def _find_sampled(num_tokens, context_end, every, found):  # type: ignore[no-unt
             found[count] = s
             count += 1
     return count
+
+
+@njit(cache=True)
+def _sampled_tokens(  # type: ignore[no-untyped-def]
+    order, token_start, num_tokens, context_end, every
+):
+    """Tokens of the step whose queries count, window by window in ``order``."""
+    found, count = np.empty(num_tokens[order].sum() // every + len(order), np.int64), 0
+    for s in order:
+        first = context_end[s] - num_tokens[s]
+        for position in range(first // every * every + every - 1, context_end[s], every):
+            found[count] = token_start[s] + position - first
+            count += 1
+    return found[:count]
 
 
 @njit(cache=True)
@@ -171,10 +187,13 @@ def _list_pages(  # type: ignore[no-untyped-def]
 
 @compiled(fastmath={"contract"})
 def _add_mass(  # type: ignore[no-untyped-def]
-    queries, keys, order, place, request, token_start, num_tokens, context_end, far_end,
+    queries, keys, order, place, request, num_tokens, context_end, far_end,
     block_table, every, scale, mass, seen,
 ):  # fmt: skip
-    """Adds the probabilities of all windows, in order; heads are apart."""
+    """Adds the probabilities of all windows, in order; heads are apart.
+
+    ``queries [n, H, D]`` are those of :func:`_sampled_tokens`.
+    """
     num_kv_heads, _, dim, page = keys.shape
     group = queries.shape[1] // num_kv_heads
     most_rows, most_keys = 0, 0
@@ -187,16 +206,17 @@ def _add_mass(  # type: ignore[no-untyped-def]
         visible = np.empty(most_rows, dtype=np.int64)
         # The last page ends behind the last key, and the last tile behind that.
         logits = np.empty((most_rows, most_keys + page + TILE), dtype=np.float32)
+        token = 0
         for s in order:
             first, start = context_end[s] - num_tokens[s], far_end[s] * page
             count = 0
             for position in range(first // every * every + every - 1, context_end[s], every):
-                token = token_start[s] + position - first
                 for h in range(head * group, (head + 1) * group):
                     for d in range(dim):
                         rows[count, d] = queries[token, h, d] * scale
                     visible[count] = max(position + 1 - start, 0)
                     count += 1
+                token += 1
             pages = block_table[request[s], far_end[s] : (context_end[s] + page - 1) // page]
             page_logits(rows[:count], visible[:count], keys[head], place[pages], logits)
             _add_window(

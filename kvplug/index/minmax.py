@@ -15,16 +15,20 @@ import torch
 from numba import njit, prange
 
 from kvplug.compiled import compiled
-from kvplug.index.base import Index, PageIndex
-from kvplug.numeric import bits_float, float_bits
+from kvplug.index.base import Index, PageIndex, read_pages
+from kvplug.numeric import float_bits, from_bfloat16
 from kvplug.stage import Layer
 
 if TYPE_CHECKING:
     from kvplug.probe.base import Probes
+    from kvplug.stage import Sealing
     from kvplug.step import Step
+    from kvplug.workspace import Workspace
 
 LANES = 16
-"""Partial sums of a bound."""
+"""Floats in a vector register, to estimate work."""
+PAGES_PER_TASK = 256
+"""Pages scored by one thread at a time."""
 OPERATIONS = 4
 """Vector operations per LANES dimensions of a bound, to estimate work."""
 
@@ -47,7 +51,7 @@ class MinMaxIndex(PageIndex):
     def __init__(self, layer: Layer) -> None:
         """Allocates the bounds (untouched pages cost no memory)."""
         super().__init__(layer)
-        shape = self.shape
+        shape, self._reader = self.shape, layer.row_reader
         self._bounds = torch.zeros(
             (shape.num_pages, shape.num_kv_heads, 2, shape.head_dim), dtype=torch.int16
         )
@@ -63,13 +67,12 @@ class MinMaxIndex(PageIndex):
         """See :attr:`bounds`."""
         return (self._bounds,)
 
-    def write(self, keys: torch.Tensor, slots: torch.Tensor) -> None:
-        """See :meth:`PageIndex.write`.
-
-        A page starts anew when its first slot is written, which vLLM does first whenever it hands
-        a page to new content. Keys of rejected drafts widen the bounds until then: still bounds.
-        """
-        _widen_bounds(keys.numel(), keys.numpy(), slots.numpy(), self.shape.page, self._bounds_host)
+    def seal(self, sealed: Sealing, step: Step, workspace: Workspace) -> None:
+        """Bounds the pages' keys."""
+        heads = self.shape.num_kv_heads
+        for part, keys in read_pages(self._reader, sealed.pages, heads, workspace):
+            work, pages = keys.numel() // LANES, sealed.pages[part]
+            _bound_pages(work, keys.numpy(), pages, self._bounds_host)
 
     def score(self, probes: Probes, step: Step, scores: torch.Tensor) -> None:
         """See :meth:`PageIndex.score`; the score is the largest bound of any probe."""
@@ -95,45 +98,30 @@ def _round_out(value, upwards):  # type: ignore[no-untyped-def]
     return np.uint16(bits)
 
 
-@njit(cache=True, inline="always")
-def _widened(bits):  # type: ignore[no-untyped-def]
-    """The float32 value of bfloat16 ``bits``."""
-    return bits_float(np.uint32(np.uint32(bits) << np.uint32(16)))
-
-
 @compiled()
-def _widen_bounds(keys, slots, page, bounds):  # type: ignore[no-untyped-def]
-    """Takes ``keys [T, Hk, D]`` into the bounds of their pages."""
-    num_kv_heads, dim = keys.shape[1:]
-    for head in prange(num_kv_heads):
-        for token in range(slots.shape[0]):
-            slot = slots[token]
-            if slot < 0:
-                continue
-            low, high = bounds[slot // page, head, 0], bounds[slot // page, head, 1]
-            fresh = slot % page == 0
+def _bound_pages(keys, pages, bounds):  # type: ignore[no-untyped-def]
+    """``bounds[pages[n], head] = least and largest of keys[n, head]``, rounded outwards."""
+    num_kv_heads, page, dim = keys.shape[1:]
+    for task in prange(pages.shape[0] * num_kv_heads):
+        n, head = task // num_kv_heads, task % num_kv_heads
+        low, high = keys[n, head, 0].copy(), keys[n, head, 0].copy()
+        for token in range(1, page):
+            key = keys[n, head, token]
             for d in range(dim):
-                x = keys[token, head, d]
-                if fresh or x < _widened(low[d]):
-                    low[d] = _round_out(x, False)
-                if fresh or x > _widened(high[d]):
-                    high[d] = _round_out(x, True)
+                low[d] = min(low[d], key[d])
+                high[d] = max(high[d], key[d])
+        for d in range(dim):
+            bounds[pages[n], head, 0, d] = _round_out(low[d], False)
+            bounds[pages[n], head, 1, d] = _round_out(high[d], True)
 
 
-@njit(cache=True, fastmath={"contract"})
-def _bound(query, low, high, lanes):  # type: ignore[no-untyped-def]
-    """``sum_d max(q_d min_d, q_d max_d)``, added lane by lane: one order whoever calls."""
-    dim = query.shape[0]
-    lanes[:] = 0
-    for d in range(0, dim - dim % LANES, LANES):
-        for lane in range(LANES):
-            q = query[d + lane]
-            lanes[lane] += max(q * _widened(low[d + lane]), q * _widened(high[d + lane]))
+@njit(cache=True, fastmath={"contract", "reassoc", "nsz"})
+def _bound(query, low, high):  # type: ignore[no-untyped-def]
+    """``sum_d max(q_d min_d, q_d max_d)``, in the one order that the compiler chooses."""
     total = np.float32(0)
-    for lane in range(LANES):
-        total += lanes[lane]
-    for d in range(dim - dim % LANES, dim):
-        total += max(query[d] * _widened(low[d]), query[d] * _widened(high[d]))
+    for d in range(query.shape[0]):
+        least, most = query[d] * from_bfloat16(low[d]), query[d] * from_bfloat16(high[d])
+        total += most if most > least else least
     return total
 
 
@@ -142,18 +130,19 @@ def _score_bounds(  # type: ignore[no-untyped-def]
     bounds, vectors, counts, rows, request, far_begin, far_end, block_table, scale, scores
 ):
     """``scores[w, h, n] = scale * max over probes of sum_d max(q_d min_d, q_d max_d)``."""
-    num_kv_heads = bounds.shape[1]
-    for task in prange(rows.shape[0] * num_kv_heads):
-        w, head = task // num_kv_heads, task % num_kv_heads
+    num_windows, num_kv_heads = scores.shape[:2]
+    blocks = (scores.shape[2] + PAGES_PER_TASK - 1) // PAGES_PER_TASK
+    for task in prange(num_windows * blocks):
+        w, first = task // blocks, task % blocks * PAGES_PER_TASK
         row = rows[w]
-        lanes = np.empty(LANES, dtype=np.float32)
         pages = block_table[request[row], far_begin[row] : far_end[row]]
-        for n in range(pages.shape[0]):
-            low, high = bounds[pages[n], head, 0], bounds[pages[n], head, 1]
-            best = np.float32(-np.inf)
-            for r in range(counts[w]):
-                best = max(best, _bound(vectors[w, head, r], low, high, lanes))
-            scores[w, head, n] = scale * best
+        for n in range(first, min(first + PAGES_PER_TASK, pages.shape[0])):
+            for head in range(num_kv_heads):
+                low, high = bounds[pages[n], head, 0], bounds[pages[n], head, 1]
+                best = np.float32(-np.inf)
+                for r in range(counts[w]):
+                    best = max(best, _bound(vectors[w, head, r], low, high))
+                scores[w, head, n] = scale * best
 
 
 def minmax_scores_reference(

@@ -15,11 +15,13 @@ import torch
 from numba import njit
 
 from kvplug.index.local_mass import LocalMass
-from kvplug.index.sealing import Seals
-from kvplug.stage import Layer, Memory, Passage
+from kvplug.stage import Layer, Memory, Sealing
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+
+    from kvplug.step import Step
+    from kvplug.workspace import Workspace
 
 
 class PageMass(Memory):
@@ -33,7 +35,6 @@ class PageMass(Memory):
         """
         super().__init__(layer)
         self._local_host = layer.own(LocalMass).mass.numpy()
-        self._seals = Seals(self.shape.num_pages)
         self.mass = torch.zeros((self.shape.num_pages, self.shape.num_kv_heads))
         """``[pages, Hk]`` float32; says nothing of a page that is not sealed."""
         self.mass_host = self.mass.numpy()
@@ -41,21 +42,15 @@ class PageMass(Memory):
     @property
     def state(self) -> tuple[torch.Tensor, ...]:
         """See the class."""
-        return (self._seals.flags, self.mass)
+        return (self.mass,)
 
-    def write(self, keys: torch.Tensor, slots: torch.Tensor) -> None:
-        """A page that is written to is open."""
-        self._seals.reset(slots, self.shape.page)
-
-    def watch(self, passage: Passage) -> None:
-        """Seals pages; the local mass has seen the whole step just before.
+    def seal(self, sealed: Sealing, step: Step, workspace: Workspace) -> None:
+        """Takes the mass of pages; the local mass has seen the whole step before.
 
         Windows of the step behind the one that seals a page have it outside their local regions,
         so they have added nothing to it.
         """
-        sealed = self._seals.seal(passage.step, passage.workspace)
-        if len(sealed.pages):
-            _take_largest(self._local_host, sealed.pages, self.mass_host)
+        _take_largest(self._local_host, sealed.pages, self.mass_host)
 
 
 @njit(cache=True)
@@ -70,7 +65,7 @@ def _take_largest(mass, pages, largest):  # type: ignore[no-untyped-def]
 
 
 def page_mass_reference(mass: torch.Tensor, pages: Iterable[int]) -> dict[int, torch.Tensor]:
-    """Twin of :meth:`PageMass.watch` in plain torch.
+    """Twin of :meth:`PageMass.seal` in plain torch.
 
     Args:
         mass: ``[pages, Hk, P]``.

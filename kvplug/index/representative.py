@@ -16,15 +16,16 @@ from numba import njit, prange
 
 from kvplug.compiled import compiled
 from kvplug.errors import KvplugError, nearest_name
-from kvplug.index.base import Index, PageIndex
+from kvplug.index.base import Index, PageIndex, read_pages
 from kvplug.index.local_mass import LocalMass
-from kvplug.index.sealing import Seals
 from kvplug.numeric import dot_bfloat16, from_bfloat16, to_bfloat16
-from kvplug.stage import Layer, Passage
+from kvplug.stage import Layer
 
 if TYPE_CHECKING:
     from kvplug.probe.base import Probes
+    from kvplug.stage import Sealing
     from kvplug.step import Step
+    from kvplug.workspace import Workspace
 
 LANES = 16
 """Floats in a vector register, to estimate work."""
@@ -78,7 +79,6 @@ class RepresentativeIndex(PageIndex):
         self._local = layer.own(LocalMass)
         self._reader = layer.reader
         shape = self.shape
-        self._seals = Seals(shape.num_pages)
         self._vectors = torch.zeros(
             (shape.num_pages, shape.num_kv_heads, shape.head_dim), dtype=torch.int16
         )
@@ -91,33 +91,20 @@ class RepresentativeIndex(PageIndex):
 
     @property
     def state(self) -> tuple[torch.Tensor, ...]:
-        """Vectors, and a byte per page that says whether it is sealed."""
-        return (self._vectors, self._seals.flags)
+        """See :attr:`vectors`."""
+        return (self._vectors,)
 
-    def write(self, keys: torch.Tensor, slots: torch.Tensor) -> None:
-        """Opens the pages; they are summarised once they leave the local region."""
-        self._seals.reset(slots, self.shape.page)
-
-    def watch(self, passage: Passage) -> None:
-        """Settles the representatives of the pages that the step's windows leave behind.
+    def seal(self, sealed: Sealing, step: Step, workspace: Workspace) -> None:
+        """Settles the representatives of pages.
 
         No later window adds to their mass, so it does not matter that the step's windows all have.
         """
-        workspace, shape = passage.workspace, self.shape
-        pages = self._seals.seal(passage.step, workspace).pages
-        if len(pages) == 0:
-            return
-        heads = shape.num_kv_heads
-        rows = workspace.take("representative.rows", (len(pages), heads), torch.int64)
-        torch.add(
-            torch.from_numpy(pages).long()[:, None] * heads, torch.arange(heads), out=rows
-        )  # fmt: skip
-        keys = self._reader.read(rows.view(-1), workspace)
-        keys = keys.view(len(pages), heads, shape.head_dim, shape.page)
-        _represent(
-            keys.numel() // LANES, keys.numpy(), pages, self._local.mass.numpy(),
-            self._options.top, self._vectors_host,
-        )  # fmt: skip
+        heads = self.shape.num_kv_heads
+        for part, keys in read_pages(self._reader, sealed.pages, heads, workspace):
+            _represent(
+                keys.numel() // LANES, keys.numpy(), sealed.pages[part], self._local.mass.numpy(),
+                self._options.top, self._vectors_host,
+            )  # fmt: skip
 
     def score(self, probes: Probes, step: Step, scores: torch.Tensor) -> None:
         """See :meth:`PageIndex.score`."""

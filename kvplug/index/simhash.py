@@ -16,17 +16,17 @@ import torch
 from numba import njit, prange
 
 from kvplug.compiled import compiled
-from kvplug.index.base import Index, PageIndex
+from kvplug.index.base import Index, PageIndex, read_pages
 from kvplug.index.planes import BITS, LANES, WORDS_PER_VECTOR, draw_planes, probe_words, sign_words
 from kvplug.numeric import popcount
 from kvplug.stage import Layer
 
 if TYPE_CHECKING:
     from kvplug.probe.base import Probes
+    from kvplug.stage import Sealing
     from kvplug.step import Step
+    from kvplug.workspace import Workspace
 
-TOKENS_PER_TASK = 256
-"""Tokens hashed by one thread at a time."""
 PAGES_PER_TASK = 256
 """Pages scored by one thread at a time."""
 
@@ -48,7 +48,7 @@ class SimHashIndex(PageIndex):
     def __init__(self, layer: Layer) -> None:
         """Draws the planes and allocates the words (untouched pages cost no memory)."""
         super().__init__(layer)
-        shape = self.shape
+        shape, self._reader = self.shape, layer.row_reader
         self.planes = draw_planes(shape)
         self._words = torch.zeros(
             (shape.num_pages, shape.num_kv_heads, shape.page), dtype=torch.int64
@@ -66,10 +66,12 @@ class SimHashIndex(PageIndex):
         """See :attr:`words`."""
         return (self._words,)
 
-    def write(self, keys: torch.Tensor, slots: torch.Tensor) -> None:
-        """See :meth:`PageIndex.write`."""
-        work = keys.numel() * (BITS // LANES)
-        _write_words(work, keys.numpy(), slots.numpy(), self._planes_host, self._words_host)
+    def seal(self, sealed: Sealing, step: Step, workspace: Workspace) -> None:
+        """Hashes the pages' keys."""
+        heads = self.shape.num_kv_heads
+        for part, keys in read_pages(self._reader, sealed.pages, heads, workspace):
+            work, pages = keys.numel() * (BITS // LANES), sealed.pages[part]
+            _hash_pages(work, keys.numpy(), pages, self._planes_host, self._words_host)
 
     def score(self, probes: Probes, step: Step, scores: torch.Tensor) -> None:
         """See :meth:`PageIndex.score`; the score is the number of equal bits, 0 to 64."""
@@ -85,19 +87,12 @@ class SimHashIndex(PageIndex):
 
 
 @compiled()
-def _write_words(keys, slots, planes, words):  # type: ignore[no-untyped-def]
-    """``words[slot's page, head, slot's offset] = signs of keys[token, head]``."""
-    num_kv_heads, page = words.shape[1:]
-    runs = (slots.shape[0] + TOKENS_PER_TASK - 1) // TOKENS_PER_TASK
-    for task in prange(num_kv_heads * runs):
-        head, first = task // runs, task % runs * TOKENS_PER_TASK
-        last = min(first + TOKENS_PER_TASK, slots.shape[0])
-        signs = np.empty(last - first, dtype=np.uint64)
-        sign_words(keys[first:last, head], planes[head], signs)
-        for i in range(last - first):
-            slot = slots[first + i]
-            if slot >= 0:
-                words[slot // page, head, slot % page] = signs[i]
+def _hash_pages(keys, pages, planes, words):  # type: ignore[no-untyped-def]
+    """``words[pages[n], head] = signs of keys[n, head]``, token by token."""
+    num_kv_heads = words.shape[1]
+    for task in prange(pages.shape[0] * num_kv_heads):
+        n, head = task // num_kv_heads, task % num_kv_heads
+        sign_words(keys[n, head], planes[head], words[pages[n], head])
 
 
 @njit(cache=True, inline="always")

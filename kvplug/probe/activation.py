@@ -19,6 +19,7 @@ from kvplug.carry import NOWHERE, carried
 from kvplug.compiled import compiled
 from kvplug.errors import KvplugError, nearest_name
 from kvplug.probe.base import Probe, Probes, queries_themselves
+from kvplug.probe.distance import weighted_distance
 from kvplug.probe.query_statistics import QueryStatistics
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
 SHARES = ("all", "each")
 LANES = 16
-"""Partial sums over dimensions."""
+"""Floats in a vector register, to estimate work."""
 TINY = 1e-20
 """Variance of a dimension that never varied."""
 OPERATIONS = 5
@@ -106,25 +107,6 @@ class _Bound(ActivationProbe):
         return Probes(vectors, torch.full((len(rows),), group, dtype=torch.int32))
 
 
-@njit(cache=True, fastmath={"contract"})
-def _add_bias(queries, start, head, mean, inverse, lanes, bias):  # type: ignore[no-untyped-def]
-    """``bias[t] += sum_d (q_d - mean_d)^2 * inverse_d`` of one head, lane by lane."""
-    dim = mean.shape[0]
-    for t in range(bias.shape[0]):
-        lanes[:] = 0
-        for d in range(0, dim - dim % LANES, LANES):
-            for lane in range(LANES):
-                delta = queries[start + t, head, d + lane] - mean[d + lane]
-                lanes[lane] += delta * delta * inverse[d + lane]
-        for d in range(dim - dim % LANES, dim):
-            delta = queries[start + t, head, d] - mean[d]
-            lanes[0] += delta * delta * inverse[d]
-        total = np.float32(0)
-        for lane in range(LANES):
-            total += lanes[lane]
-        bias[t] += total
-
-
 @njit(cache=True)
 def _normalise(weights, sharpness):  # type: ignore[no-untyped-def]
     """Sharpens biases and makes them sum to 1; NaN and infinite ones weigh nothing."""
@@ -177,7 +159,7 @@ def _weighted_means(  # type: ignore[no-untyped-def]
             continue
         mine = weights[w, share, :count]
         mine[:] = 0
-        inverse, lanes = np.empty(dim, dtype=np.float32), np.empty(LANES, dtype=np.float32)
+        inverse = np.empty(dim, dtype=np.float32)
         before, _, _ = carried(context_end[row] - count, context_end[row], True, window, page)
         if before != NOWHERE:
             known = block_table[request[row], before]
@@ -187,7 +169,10 @@ def _weighted_means(  # type: ignore[no-untyped-def]
                     continue
                 for d in range(dim):
                     inverse[d] = 1 / (variances[known, head, d] + np.float32(floor))
-                _add_bias(queries, start, head, means[known, head], inverse, lanes, mine)
+                for t in range(count):
+                    mine[t] += weighted_distance(
+                        queries[start + t, head], means[known, head], inverse
+                    )
         _normalise(mine, sharpness)
         for head in range(first_head, first_head + group):
             _add_weighted(queries, start, head, mine, out[w, head])

@@ -19,6 +19,7 @@ from numba import njit, prange
 from kvplug.compiled import compiled
 from kvplug.errors import KvplugError
 from kvplug.probe.base import Probe, Probes, queries_themselves
+from kvplug.probe.distance import weighted_distance
 
 if TYPE_CHECKING:
     from kvplug.step import Step
@@ -119,18 +120,8 @@ def _activation_bias(queries, start, count, first_head, group):  # type: ignore[
         for d in range(dim):
             weight[d] = np.float32(count) / (weight[d] + floor)
         for token in range(count):
-            bias[token] += _weighted_distance(queries[start + token, head], mean, weight)
+            bias[token] += weighted_distance(queries[start + token, head], mean, weight)
     return bias
-
-
-@njit(cache=True, fastmath={"contract", "reassoc", "nsz"})
-def _weighted_distance(query, mean, weight):  # type: ignore[no-untyped-def]
-    """``sum_d (query_d - mean_d)^2 * weight_d``, in the one order that the compiler chooses."""
-    total = np.float32(0)
-    for d in range(query.shape[0]):
-        delta = query[d] - mean[d]
-        total += delta * delta * weight[d]
-    return total
 
 
 def last_and_activated_reference(

@@ -80,7 +80,7 @@ class EventStarts(Memory):
         """Says how long an event may be: whole pages of ``max_tokens``, and at least one."""
         self.most_pages = max(max_tokens // self.shape.page, 1)
 
-    def write(self, keys: torch.Tensor, slots: torch.Tensor) -> None:
+    def forget(self, slots: torch.Tensor) -> None:
         """A page handed to new content begins no event until it is said to."""
         _unmark(slots.numpy(), self.shape.page, self._starts_host)
 

@@ -32,8 +32,8 @@ class SurpriseMemory(Memory):
         touched. None before the first step, which tells size and type."""
         self._host = self.surprise.numpy(), self.boundary.numpy(), self.known.numpy()
 
-    def write(self, keys: torch.Tensor, slots: torch.Tensor) -> None:
-        """See :meth:`Memory.write`."""
+    def forget(self, slots: torch.Tensor) -> None:
+        """See :meth:`Memory.forget`."""
         _forget(slots.numpy(), *self._host)
 
     def remember(self, pages: torch.Tensor, hidden: torch.Tensor, rows: torch.Tensor) -> None:

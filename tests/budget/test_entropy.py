@@ -110,11 +110,8 @@ class Layers(World):
         """Writes the step's keys to both layers and plans it; earlier steps came before."""
         assert not cached
         plan = super().plan(pieces, cached=False)
-        slots = torch.cat([self.slots(p.request, p.start, p.stop) for p in pieces])
-        keys = torch.cat([self.keys(p.request)[p.start : p.stop] for p in pieces])
-        self.pipeline.write(self.layers[1], keys, slots)
         if plan is None:
-            self.pipeline.pass_by(self.layers[1], self.queries(pieces))
+            self.pipeline.pass_by(self.layers[1], self.queries(pieces), self.new_keys(pieces))
         return plan
 
     def attend(self, pieces: Sequence[Piece], plan: Plan, sign: float = 1.0) -> None:

@@ -20,6 +20,7 @@ def attended(policy: str, budget: int) -> tuple[World, list[Piece], Any]:
     world = World(PolicyCase(policy, {}), {**OPTIONS, "budget": budget})
     batch = [Piece(0, 128, 37, True), Piece(1, 250, 1, False)]
     plan = world.plan(batch)
+    assert plan is not None
     world.attend(batch, plan)
     return world, batch, plan
 
@@ -43,6 +44,7 @@ def test_against_plain_attention(policy: str, budget: int) -> None:
     for head in range(world.num_kv_heads):
         for number, (request, position) in enumerate(((0, 164), (1, 250))):
             mine = seen[request, position]
+            assert mine is not None
             found = meter.choices[head][number]
             expected = naive(world, request, position, mine.pages[head], head)
             assert found.captured == pytest.approx(expected.captured, abs=1e-4)
@@ -55,7 +57,7 @@ def test_against_plain_attention(policy: str, budget: int) -> None:
     )
 
 
-def naive(world: World, request: int, position: int, pages: list[int], head: int) -> Choice:
+def naive(world: World, request: int, position: int, pages: tuple[int, ...], head: int) -> Choice:
     """Captured mass and output error by plain attention in float64."""
     keys = world.keys(request)[: position + 1, head].double()
     query = world.queries([Piece(request, position, 1, False)])[0].double()
@@ -70,14 +72,18 @@ def naive(world: World, request: int, position: int, pages: list[int], head: int
     return Choice(sum(captured) / len(captured), 1.0, 1.0, sum(error) / len(error))
 
 
-def test_everything_attended_is_no_error() -> None:
-    world, batch, plan = attended("quest", 10_000)
-    if plan is not None and plan.table is not None:
-        meter = SelectorMeter(reader_of(world.cache), values_like_keys(world), 0.25, 0.0, since=0)
-        meter(world.queries(batch), plan)
-        for choices in meter.choices.values():
-            for choice in choices:
-                assert choice == pytest.approx((1.0, 1.0, 1.0, 0.0), abs=1e-6)
+def test_a_dense_window_has_no_error() -> None:
+    """A short request beside sparse ones attends to everything."""
+    world = World(PolicyCase("quest", {}), OPTIONS)
+    batch = [Piece(1, 250, 1, False), Piece(2, 20, 1, False)]
+    plan = world.plan(batch)
+    assert plan is not None
+    world.attend(batch, plan)
+    meter = SelectorMeter(reader_of(world.cache), values_like_keys(world), 0.25, 0.0, since=0)
+    meter(world.queries(batch), plan)
+    for sparse, dense in meter.choices.values():
+        assert dense == pytest.approx((1.0, 1.0, 1.0, 0.0), abs=1e-6)
+        assert sparse.error > 1e-3
 
 
 def test_means_are_by_head() -> None:

@@ -13,7 +13,9 @@ from kvplug.index.planes import BITS
 from kvplug.pages import PageGeometry
 from kvplug.probe.base import Probes
 from kvplug.select.top_pages import TopPages
-from tests.made_up import Piece, layer_of
+from kvplug.stage import Layer
+from tests.caches import KeyCache, fill
+from tests.made_up import Piece, layer_shape
 from tests.steps import Far, counts_of, step_of
 from tests.streams import watched
 
@@ -26,24 +28,18 @@ ROUNDS = [(4, 16), (8, 8), (8, 3), (1, 64), (64, 1), (5, 12), (7, 2), (33, 1), (
 
 def index_of(bits: int = 4, rounds: int = 16, **changed: int) -> BucketIndex:
     shape = {"page": PAGE, "head_dim": DIM, "layer": 2, "seed": 7, "window": 4 * PAGE} | changed
-    return Buckets(bits, rounds).for_layer(layer_of(**shape))
-
-
-def fill(index: BucketIndex, keys: torch.Tensor, *, centred: bool = False) -> None:
-    """One prompt of ``keys [T, Hk, D]`` in one step; if ``centred``, by its own means."""
-    queries = torch.zeros(len(keys), 2 * keys.shape[1], keys.shape[2])
-    write(index, keys, queries, TABLE, centred=centred)
+    made = layer_shape(**shape)
+    return Buckets(bits, rounds).for_layer(Layer(made, {}, KeyCache(made).reader()))
 
 
 def write(
-    index: BucketIndex, keys: torch.Tensor, queries: torch.Tensor, table: torch.Tensor,
-    *, centred: bool,
-) -> None:  # fmt: skip
-    """See :func:`fill`."""
+    index: BucketIndex, keys: torch.Tensor, queries: torch.Tensor, table: torch.Tensor
+) -> None:
+    """One prompt of ``keys [T, Hk, D]`` and ``queries [T, H, D]``, centred by its own means."""
     page = index.shape.page
     geometry = GEOMETRY._replace(page=page, window=4 * page)
-    memories = [index.centre, index] if centred else [index]
-    watched(memories, geometry, [Piece(0, 0, len(keys), True)], table, [queries], [keys])
+    watched([index.centre], geometry, [Piece(0, 0, len(keys), True)], table, [queries], [keys])
+    fill(index, keys, table[0, : len(keys) // page])
 
 
 def set_centre(index: BucketIndex, page: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -87,7 +83,7 @@ def test_twin(probes: int, bits: int, rounds: int) -> None:
     # Multiples of 2**-12 survive adding and subtracting a small whole number.
     keys, vectors = (torch.round(v * 4096) / 4096 for v in (keys, vectors))
     group = mean_query.view(KV_HEADS, 2, DIM)[:, torch.arange(probes) % 2]
-    write(index, keys + mean_key, torch.zeros(len(keys), HEADS, DIM), table, centred=False)
+    fill(index, keys + mean_key, table[0])
     found = scores_of(index, vectors.transpose(0, 1) + group, table)
     planes = index.planes[..., : bits * rounds]
     expected = bucket_scores_reference(keys, vectors.transpose(0, 1), planes, bits, PAGE)
@@ -101,7 +97,7 @@ def test_twin_where_projections_are_zero(bits: int, rounds: int) -> None:
     index.planes.copy_(torch.randint(-1, 2, index.planes.shape))
     keys = torch.randint(-1, 2, (200, KV_HEADS, DIM)).float()
     probes = torch.randint(-1, 2, (KV_HEADS, 4, DIM)).float()
-    fill(index, keys)
+    fill(index, keys, TABLE[0])
     expected = bucket_scores_reference(keys, probes, index.planes[..., : bits * rounds], bits, PAGE)
     assert torch.equal(scores_of(index, probes), expected)
 
@@ -115,7 +111,7 @@ def test_windows_are_scored_apart() -> None:
     keys = torch.randint(-3, 4, (200, KV_HEADS, DIM)).float()
     index.planes.copy_(torch.randint(-1, 2, index.planes.shape))
     index.centre.keys.zero_()
-    write(index, keys, torch.zeros(200, HEADS, DIM), table[:1], centred=False)
+    fill(index, keys, table[0])
     far = [Far(1, 2, 30), Far(0, 0, 0, sparse=False), Far(0, 5, 6), Far(1, 0, 40)]
     counts = torch.tensor([3, 1, 2], dtype=torch.int32)
     vectors = torch.randint(-3, 4, (3, KV_HEADS, 3, DIM)).float()
@@ -140,7 +136,7 @@ def test_a_key_equal_to_the_centred_query_is_hit_in_every_round(bits: int, round
     index = index_of(bits, rounds)
     queries = torch.randint(-64, 65, (200, HEADS, DIM)) / 16
     keys = queries[:, ::2] + torch.randint(-64, 65, (KV_HEADS, DIM)).float() * 4
-    write(index, keys, queries, TABLE, centred=True)
+    write(index, keys, queries, TABLE)
     for token in (0, 20, 99, 199):
         probes = queries[token, ::2][:, None].contiguous()
         assert (scores_of(index, probes)[:, token // PAGE] == rounds).all()
@@ -153,7 +149,7 @@ def test_a_key_equal_to_the_centred_query_is_hit_in_every_round(bits: int, round
 def test_an_opposite_key_is_never_hit(dtype: torch.dtype) -> None:
     index = index_of(page=1)
     keys = torch.randn(PAGES, KV_HEADS, DIM).to(dtype).float()
-    fill(index, keys)
+    fill(index, keys, TABLE[0])
     assert (scores_of(index, -keys[13][:, None])[:, 13] == 0).all()
 
 
@@ -165,7 +161,7 @@ def test_an_overflowing_bucket_keeps_the_newest(rounds: int) -> None:
     keys = -probe[:, 0].repeat(PAGES * PAGE, 1, 1)
     hit = list(range(1, PAGES, 3))
     keys[[page * PAGE + page % PAGE for page in hit]] = probe[:, 0]
-    fill(index, keys)
+    fill(index, keys, TABLE[0])
     scores = scores_of(index, probe)
     assert scores[0].nonzero().flatten().tolist() == hit
     step = step_of([Far(0, 0, PAGES, 4)], TABLE)
@@ -192,7 +188,7 @@ def test_collision_probability(bits: int, rounds: int) -> None:
     hits = torch.zeros(len(cosines))
     for layer in range(64):
         index = index_of(bits, rounds, page=1, layer=layer, num_pages=5)
-        fill(index, keys)
+        fill(index, keys, TABLE[0, :5])
         hits += scores_of(index, probe[:, None], TABLE[:, :5]).sum(0)
     trials = 64 * KV_HEADS * rounds
     for cosine, found in zip(cosines.tolist(), (hits / trials).tolist(), strict=True):
@@ -200,31 +196,14 @@ def test_collision_probability(bits: int, rounds: int) -> None:
         assert abs(found - expected) <= 4 * math.sqrt(expected * (1 - expected) / trials)
 
 
-def test_decoded_tokens_are_hashed_by_the_prompts_mean() -> None:
-    """One by one, or replayed together on another page: the words are the same."""
-    keys, queries = torch.randn(40, KV_HEADS, DIM) + 1, torch.randn(40, HEADS, DIM)
-    here, there = index_of(), index_of()
-    table, other = TABLE, TABLE.flip(1).contiguous()
-    for index, pages in ((here, table), (there, other)):
-        write(index, keys[:25], queries[:25], pages, centred=True)
-    for position in range(25, 40):
-        one = [Piece(0, position, 1, False)]
-        watched([here.centre, here], GEOMETRY, one, table, [queries], [keys])
-    replay = [Piece(0, 25, 15, False)]
-    watched([there.centre, there], GEOMETRY, replay, other, [queries], [keys])
-    assert torch.equal(here.words[:8], there.words.flip(0)[:8])
-    assert here.words[5:8].any()
-
-
 def test_a_prefix_hit_is_hashed_by_the_mean_on_the_shared_page() -> None:
-    """A request that begins behind a shared window hashes as one that computed it itself."""
+    """A request that goes on behind a shared first page hashes as the one that began it."""
     keys, queries = torch.randn(60, KV_HEADS, DIM) + 1, torch.randn(60, HEADS, DIM)
     index, cold = index_of(), index_of()
-    write(index, keys[:40], queries[:40], TABLE, centred=True)
+    write(index, keys[:40], queries[:40], TABLE)
     table = torch.cat([TABLE[:, :4], TABLE[:, 20:30]], 1)  # one window is shared
-    hit = [Piece(0, 20, 40, True)]
-    watched([index.centre, index], GEOMETRY, hit, table, [queries], [keys])
-    write(cold, keys, queries, table, centred=True)
+    fill(index, keys, table[0, :12])
+    write(cold, keys, queries, table)
     assert torch.equal(index.words[20:28], cold.words[20:28])
     assert (index.words[20:28] != 0).all()
 
@@ -234,7 +213,7 @@ def test_no_number_is_no_crash() -> None:
     keys = torch.randn(200, KV_HEADS, DIM)
     keys[3], keys[70], keys[71] = NAN, math.inf, -math.inf
     queries = torch.full((200, HEADS, DIM), NAN)
-    write(index, keys, queries, TABLE, centred=True)
+    write(index, keys, queries, TABLE)
     scores = scores_of(index, torch.full((KV_HEADS, 2, DIM), NAN))
     assert ((scores >= 0) & (scores <= 16)).all()
 

@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from kvplug.errors import KvplugError
-from kvplug.index import chunk_mean
+from kvplug.index import base, chunk_mean
 from kvplug.index.chunk_mean import ChunkMean, ChunkMeanIndex, chunk_mean_scores_reference
 from kvplug.probe.base import Probes
-from kvplug.stage import Passage
-from kvplug.workspace import Workspace
+from kvplug.stage import Layer
+from tests.caches import KeyCache
 from tests.cases import PolicyCase
-from tests.made_up import Piece, World, layer_of
+from tests.made_up import Piece, World, layer_shape
 from tests.steps import Far, step_of
 
 PAGE, DIM, HEADS, SCALE = 4, 8, 2, 0.25
@@ -34,19 +34,16 @@ class Made:
     def __init__(
         self, options: ChunkMean, pages: int, page: int = PAGE, dim: int = DIM, heads: int = HEADS
     ) -> None:
-        self.cache = torch.zeros(pages * heads, 1, page, dim)
-        layer = layer_of(
-            self.cache, num_pages=pages, num_kv_heads=heads, page=page, head_dim=dim, scale=SCALE
+        shape = layer_shape(
+            num_pages=pages, num_kv_heads=heads, page=page, head_dim=dim, scale=SCALE
         )
-        self.index = options.for_layer(layer)
+        self.cache, self.page = KeyCache(shape), page
+        self.index = options.for_layer(Layer(shape, {}, self.cache.reader()))
         assert isinstance(self.index, ChunkMeanIndex)
-        self.page, self.packed = page, self.cache.view(pages, heads, dim, page)
-        self.workspace = Workspace()
 
     def write(self, keys: torch.Tensor, slots: torch.Tensor) -> None:
         """Keys ``[T, Hk, D]`` enter the cache."""
-        self.packed[slots // self.page, :, :, slots % self.page] = keys
-        self.index.write(keys, slots)
+        self.cache.write(keys, slots)
 
     def write_pages(self, keys: torch.Tensor, pages: torch.Tensor) -> None:
         """Whole pages of keys, in order."""
@@ -54,8 +51,7 @@ class Made:
         self.write(keys, slots.flatten())
 
     def watch(self, far: Sequence[Far], table: torch.Tensor) -> None:
-        empty = torch.empty(0, 0, 0)
-        self.index.watch(Passage(empty, empty, step_of(far, table), self.workspace))
+        self.cache.seal(step_of(far, table), self.index)
 
     def scores(self, probes: torch.Tensor, far: Far, table: torch.Tensor) -> torch.Tensor:
         """``[Hk, N]`` of one window, whose far pages are sealed."""
@@ -166,12 +162,12 @@ def test_a_mean_is_the_mean_of_its_keys() -> None:
 def test_memory_is_bounded_whatever_a_step_seals(
     per_read: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(chunk_mean, "PAGES_PER_READ", per_read)
+    monkeypatch.setattr(base, "PAGES_PER_READ", per_read)
     keys = torch.randn(20 * PAGE, HEADS, DIM)
     made = Made(ChunkMean(pages=3), 20)
     made.write_pages(keys, torch.arange(20))
     made.watch([Far(0, 1, 20)], in_order(20))
-    held = made.workspace.take("reader.keys", (0,), torch.float32).untyped_storage().nbytes()
+    held = made.cache.workspace.take("reader.keys", (0,), torch.float32).untyped_storage().nbytes()
     assert held <= 1.5 * per_read * HEADS * PAGE * DIM * 4
     expected = keys.unflatten(0, (20, PAGE)).mean(1)[1:]
     torch.testing.assert_close(made.index.means[1:].float(), expected, rtol=ROUNDING, atol=1e-6)
@@ -358,6 +354,6 @@ def test_bad_options(options: dict[str, object], told: str) -> None:
 
 
 def test_bytes_per_token() -> None:
-    """Two bfloat16 vectors a page and head, and a flag a page."""
+    """Two bfloat16 vectors a page and head."""
     index = Made(ChunkMean(), 12).index
-    assert index.bytes_per_token() == (HEADS * 2 * DIM * 2 + 1) / PAGE
+    assert index.bytes_per_token() == HEADS * 2 * DIM * 2 / PAGE

@@ -175,7 +175,7 @@ def test_a_page_that_is_handed_on_forgets() -> None:
     memory.mass.fill_(3)
     memory.seen.fill_(99)
     slots = torch.tensor([-1, 5 * PAGE + 2, 7 * PAGE, 7 * PAGE + 1, -3])
-    memory.write(torch.zeros(5, 3, HEAD_DIM), slots)
+    memory.forget(slots)
     cleared = (memory.mass == 0).all(1).flatten().nonzero().flatten().tolist()
     assert cleared == slots[1:4].tolist()
     assert (memory.seen == 0).all(1).nonzero().flatten().tolist() == [7]

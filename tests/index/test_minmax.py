@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 
 from kvplug.index.minmax import MinMaxIndex, minmax_scores_reference
 from kvplug.probe.base import Probes
-from tests.made_up import layer_of
+from kvplug.stage import Layer
+from tests.caches import KeyCache, fill
+from tests.made_up import layer_shape
 from tests.steps import Far, step_of
 
 PAGE, DIM, HEADS = 4, 6, 2
@@ -20,7 +22,8 @@ def index_of(
     pages: int = 12, page: int = PAGE, dim: int = DIM, heads: int = HEADS, scale: float = 1.0
 ) -> MinMaxIndex:
     shape = {"num_pages": pages, "num_kv_heads": heads, "page": page, "head_dim": dim}
-    return MinMaxIndex(layer_of(**shape, scale=scale))
+    made = layer_shape(**shape, scale=scale)
+    return MinMaxIndex(Layer(made, {}, KeyCache(made).reader()))
 
 
 def scores_of(index: MinMaxIndex, probes: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
@@ -44,7 +47,7 @@ def test_twin(pages: int, page: int, dim: int, probes: int) -> None:
     keys = torch.randint(-9, 10, (pages * page, HEADS, dim)).float()
     vectors = torch.randint(-9, 10, (HEADS, probes, dim)).float()
     table = torch.randperm(12).to(torch.int32)[None, :pages]
-    index.write(keys, (table[0].long()[:, None] * page + torch.arange(page)).flatten())
+    fill(index, keys, table[0])
     found = scores_of(index, vectors, table)
     assert torch.equal(found, minmax_scores_reference(keys, vectors, page))
 
@@ -55,7 +58,7 @@ def test_scores_are_on_the_scale_of_logits(scale: float) -> None:
     index = index_of(page=1, scale=scale)
     keys = torch.randint(-9, 10, (12, HEADS, DIM)).float()
     vectors = torch.randint(-9, 10, (HEADS, 1, DIM)).float()
-    index.write(keys, torch.arange(12))
+    fill(index, keys, torch.arange(12))
     found = scores_of(index, vectors, every_page(12))
     assert torch.equal(found, scale * torch.einsum("hrd,nhd->hn", vectors, keys))
     assert torch.equal(found, minmax_scores_reference(keys, vectors, 1, scale))
@@ -65,7 +68,7 @@ def test_twin_on_bfloat16_keys() -> None:
     index = index_of()
     keys = torch.randn(12 * PAGE, HEADS, DIM).bfloat16().float()
     vectors = torch.randn(HEADS, 3, DIM)
-    index.write(keys, torch.arange(12 * PAGE))
+    fill(index, keys, torch.arange(12))
     expected = minmax_scores_reference(keys, vectors, PAGE)
     # DIM float32 additions of terms of order 1.
     bound = DIM * torch.finfo(torch.float32).eps * (vectors.abs().sum(-1).amax() * keys.abs().max())
@@ -75,7 +78,7 @@ def test_twin_on_bfloat16_keys() -> None:
 def test_windows_are_scored_apart() -> None:
     index = index_of()
     keys = torch.randint(-9, 10, (12 * PAGE, HEADS, DIM)).float()
-    index.write(keys, torch.arange(12 * PAGE))
+    fill(index, keys, torch.arange(12))
     table = torch.stack([torch.randperm(12), torch.randperm(12)]).to(torch.int32)
     far = [Far(1, 2, 11), Far(0, 0, 0, sparse=False), Far(0, 5, 6), Far(1, 0, 12)]
     counts = torch.tensor([3, 1, 2], dtype=torch.int32)
@@ -107,7 +110,7 @@ def test_bounds_enclose_the_keys_and_no_more(values: list[float]) -> None:
     """Rounded outwards, to the nearest bfloat16 on that side."""
     index = index_of(1, PAGE, 1, 1)
     keys = torch.tensor(values).view(PAGE, 1, 1)
-    index.write(keys, torch.arange(PAGE))
+    fill(index, keys, torch.arange(1))
     low, high = index.bounds.float().flatten().tolist()
     least, most = keys.min().item(), keys.max().item()
     assert low <= least
@@ -128,7 +131,7 @@ def test_a_score_bounds_every_product_of_its_page(dtype: torch.dtype, offset: fl
     index = index_of(40, 8, 32)
     keys = (torch.randn(320, HEADS, 32) + offset).to(dtype).float()
     vectors = torch.randn(HEADS, 2, 32)
-    index.write(keys, torch.arange(320))
+    fill(index, keys, torch.arange(40))
     scores = scores_of(index, vectors, every_page(40)).double()
     products = torch.einsum("thd,hrd->htr", keys.double(), vectors.double()).amax(-1)
     best = products.unflatten(1, (40, 8)).amax(-1)
@@ -141,20 +144,9 @@ def test_a_page_of_one_key_scores_its_product() -> None:
     index = index_of(page=1)
     keys = torch.randint(-9, 10, (12, HEADS, DIM)).float()
     vectors = torch.randint(-9, 10, (HEADS, 1, DIM)).float()
-    index.write(keys, torch.arange(12))
+    fill(index, keys, torch.arange(12))
     products = torch.einsum("thd,hrd->ht", keys, vectors)
     assert torch.equal(scores_of(index, vectors, every_page(12)), products)
-
-
-def test_a_first_slot_starts_its_page_anew() -> None:
-    """Later slots widen: bounds of a page half filled are those of its keys so far."""
-    index = index_of()
-    index.write(torch.full((PAGE, HEADS, DIM), 100.0), torch.arange(PAGE) + 3 * PAGE)
-    index.write(torch.full((1, HEADS, DIM), -1.0), torch.tensor([3 * PAGE]))
-    assert (index.bounds[3] == -1).all()
-    index.write(torch.full((1, HEADS, DIM), 2.0), torch.tensor([3 * PAGE + 1]))
-    assert (index.bounds[3, :, 0] == -1).all()
-    assert (index.bounds[3, :, 1] == 2).all()
 
 
 def test_bytes_per_token() -> None:

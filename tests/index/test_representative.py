@@ -19,10 +19,10 @@ from kvplug.index.representative import (
     representatives_reference,
 )
 from kvplug.probe.base import Probes
-from kvplug.stage import Passage
+from kvplug.stage import Layer
 from kvplug.step import Step
-from kvplug.workspace import Workspace
-from tests.made_up import layer_of
+from tests.caches import KeyCache
+from tests.made_up import layer_shape
 from tests.steps import Far, step_of
 
 PAGES, PAGE, HEADS, DIM = 40, 8, 3, 24
@@ -37,22 +37,22 @@ class Made:
     index: RepresentativeIndex
     mass: torch.Tensor
     keys: torch.Tensor
+    cache: KeyCache
 
     def seal(self, step: Step) -> None:
-        """Lets the index watch a step; queries do not matter to it."""
-        nothing = torch.zeros(0)
-        self.index.watch(Passage(nothing, nothing, step, Workspace()))
+        """Lets the index summarise what a step leaves behind."""
+        self.cache.seal(step, self.index)
 
 
 def made(keys: torch.Tensor, stage: Representative | None = None) -> Made:
     """An index over a cache of these keys, ``[pages, P, Hk, D]``."""
     pages, page, heads, dim = keys.shape
-    cache = torch.zeros(pages * heads, 1, page, dim)
-    cache.view(pages, heads, dim, page).copy_(keys.permute(0, 2, 3, 1))
-    shape = {"num_pages": pages, "page": page, "num_kv_heads": heads, "head_dim": dim}
-    layer = layer_of(cache, **shape)
+    shape = layer_shape(num_pages=pages, page=page, num_kv_heads=heads, head_dim=dim)
+    cache = KeyCache(shape)
+    cache.packed.copy_(keys.permute(0, 2, 3, 1))
+    layer = Layer(shape, {}, cache.reader())
     index = (stage or Representative()).for_layer(layer)
-    return Made(index, layer.own(LocalMass).mass, keys)
+    return Made(index, layer.own(LocalMass).mass, keys, cache)
 
 
 def whole_numbers(*shape: int) -> torch.Tensor:
@@ -112,7 +112,7 @@ def test_a_page_is_settled_once() -> None:
     it.mass[:, :, 4:] = 2
     it.seal(step_of([Far(0, 0, 7), Far(0, 0, 7)]))
     assert torch.equal(it.index.vectors, before)
-    it.index.write(torch.zeros(1, HEADS, DIM), torch.tensor([5 * PAGE]))
+    it.cache.seals.reset(np.array([5 * PAGE]), PAGE)
     it.seal(step_of([Far(0, 0, 7)]))
     assert (it.index.vectors != before).any(2).any(1).nonzero().flatten().tolist() == [5]
     assert torch.equal(it.index.vectors[5].float(), it.keys[5, 4:].mean(0))
@@ -124,7 +124,7 @@ def test_every_window_leaves_pages_behind() -> None:
     table = torch.stack([torch.randperm(PAGES), torch.randperm(PAGES)]).to(torch.int32)
     it.seal(step_of([Far(1, 1, 3, sparse=False), Far(1, 1, 9), Far(0, 1, 5)], table))
     settled = {*table[1, 1:9].tolist(), *table[0, 1:5].tolist()}
-    assert set(it.index.state[1].nonzero().flatten().tolist()) == settled
+    assert set(it.cache.seals.flags.nonzero().flatten().tolist()) == settled
     for page in settled:
         assert torch.equal(it.index.vectors[page].float(), it.keys[page].mean(0))
 
@@ -231,6 +231,6 @@ def test_options_are_checked() -> None:
 
 
 def test_bytes_per_token() -> None:
-    """A bfloat16 vector per page and head, and whether the page is sealed."""
+    """A bfloat16 vector per page and head."""
     it = made(torch.zeros(PAGES, PAGE, HEADS, DIM))
-    assert it.index.bytes_per_token() == (HEADS * DIM * 2 + 1) / PAGE
+    assert it.index.bytes_per_token() == HEADS * DIM * 2 / PAGE

@@ -106,7 +106,7 @@ def test_any_write_opens_its_page(slot: int) -> None:
     seals = Seals(6)
     step = step_of([Far(0, 0, 6)])
     sealed_by(seals, step)
-    seals.reset(torch.tensor([-1, slot, -5]), 4)
+    seals.reset(np.array([-1, slot, -5]), 4)
     assert seals.flags.tolist() == [1, 1, 1, 0, 1, 1]
     assert sealed_by(seals, step) == [[(3, 3)]]
     assert sealed_by(seals, step) == [[]]

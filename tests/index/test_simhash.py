@@ -9,6 +9,7 @@ from kvplug.index.planes import BITS, draw_planes
 from kvplug.index.simhash import SimHashIndex, simhash_scores_reference
 from kvplug.probe.base import Probes
 from kvplug.stage import Layer, LayerShape
+from tests.caches import KeyCache, fill
 from tests.made_up import layer_shape
 from tests.steps import Far, step_of
 
@@ -20,7 +21,7 @@ def shape_of(**changed: int) -> LayerShape:
 
 
 def index_of(shape: LayerShape) -> SimHashIndex:
-    return SimHashIndex(Layer(shape, {}, None))
+    return SimHashIndex(Layer(shape, {}, KeyCache(shape).reader()))
 
 
 def far_from_ties(keys: torch.Tensor, planes: torch.Tensor) -> torch.Tensor:
@@ -50,8 +51,7 @@ def test_twin(pages: int, page: int, dim: int, probes: int) -> None:
     keys = far_from_ties(torch.randn(pages * page, 3, dim), index.planes)
     vectors = far_from_ties(torch.randn(probes, 3, dim), index.planes).transpose(0, 1)
     table = torch.randperm(40).to(torch.int32)[None, :pages]
-    slots = (table[0].long()[:, None] * page + torch.arange(page)).flatten()
-    index.write(keys, slots)
+    fill(index, keys, table[0])
     found = scores_of(index, vectors.contiguous(), table)
     assert torch.equal(found, simhash_scores_reference(keys, vectors, index.planes, page))
 
@@ -63,7 +63,7 @@ def test_twin_where_projections_are_zero() -> None:
     keys = torch.randint(-1, 2, (200, 3, 24)).float()
     keys[17] = 0
     vectors = torch.randint(-1, 2, (3, 4, 24)).float()
-    index.write(keys, torch.arange(200))
+    fill(index, keys, torch.arange(40))
     assert (torch.einsum("thd,hdb->htb", keys, index.planes) == 0).float().mean() > 0.05
     assert index.words[3, 0, 2] == 0  # of key 17
     found = scores_of(index, vectors, torch.arange(40, dtype=torch.int32)[None])
@@ -74,7 +74,7 @@ def test_windows_are_scored_apart() -> None:
     """Each has its own request, far range and number of probes; the rest is left alone."""
     index = index_of(shape_of())
     keys = far_from_ties(torch.randn(200, 3, 24), index.planes)
-    index.write(keys, torch.arange(200))
+    fill(index, keys, torch.arange(40))
     table = torch.stack([torch.randperm(40), torch.randperm(40)]).to(torch.int32)
     far = [Far(1, 2, 30), Far(0, 0, 0, sparse=False), Far(0, 5, 6), Far(1, 0, 40)]
     counts = torch.tensor([3, 1, 2], dtype=torch.int32)
@@ -99,7 +99,7 @@ def test_an_equal_key_is_always_first(dtype: torch.dtype, scale: float, layer: i
     """Scaled by powers of 2 even to the bit: hashes know directions only."""
     index = index_of(shape_of(layer=layer))
     keys = torch.randn(200, 3, 24).to(dtype).float()
-    index.write(keys, torch.arange(200))
+    fill(index, keys, torch.arange(40))
     for token in (0, 4, 5, 99, 199):
         probe = keys[token][:, None] * scale
         scores = scores_of(index, probe, torch.arange(40, dtype=torch.int32)[None])
@@ -110,7 +110,7 @@ def test_an_equal_key_is_always_first(dtype: torch.dtype, scale: float, layer: i
 def test_an_opposite_key_is_last() -> None:
     index = index_of(shape_of(page=1))
     keys = torch.randn(40, 3, 24)
-    index.write(keys, torch.arange(40))
+    fill(index, keys, torch.arange(40))
     scores = scores_of(index, -keys[13][:, None], torch.arange(40, dtype=torch.int32)[None])
     assert (scores[:, 13] == 0).all()
 
@@ -123,8 +123,8 @@ def test_more_equal_bits_mean_a_smaller_angle() -> None:
     noise -= (noise * probe).sum(-1, keepdim=True) * probe
     angles = torch.linspace(0, torch.pi, 4000)[:, None]
     across = torch.nn.functional.normalize(noise, dim=-1)
-    index.write(angles.cos()[..., None] * probe + angles.sin()[..., None] * across,
-                torch.arange(4000))  # fmt: skip
+    keys = angles.cos()[..., None] * probe + angles.sin()[..., None] * across
+    fill(index, keys, torch.arange(400))
     signs = torch.einsum("hd,hdb->hb", probe, index.planes) > 0
     words = index.words.transpose(1, 2).flatten(0, 1)  # [T, Hk]
     equal = ((words[..., None] >> torch.arange(BITS) & 1).bool() == signs).float().mean(-1)

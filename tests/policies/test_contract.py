@@ -17,8 +17,11 @@ import torch
 from kvplug.config import KvplugConfig
 from kvplug.pipeline import LayerStages, Plan, sparse_context
 from kvplug.policies import POLICIES, make_stages
+from kvplug.stage import Sealing
+from kvplug.workspace import Workspace
 from tests.cases import POLICY_CASES, PolicyCase, policy_params
 from tests.made_up import HEAD_DIM, Attended, Piece, World, layer_shape, reader_of
+from tests.steps import Far, step_of
 
 PAGE = 8
 WINDOW = 16
@@ -258,46 +261,61 @@ def layer_of(case: PolicyCase) -> LayerStages:
 
 def states(layer: LayerStages) -> torch.Tensor:
     """``[pages, bytes]`` of everything a layer remembers, so that NaN equals NaN."""
-    tensors = [tensor for memory in layer.writers for tensor in memory.state]
+    tensors = [tensor for memory in layer.memories for tensor in memory.state]
     rows = [t.contiguous().view(torch.uint8).reshape(t.shape[0], -1) for t in tensors]
     return torch.cat(rows, 1).clone()
 
 
 @pytest.mark.parametrize("case", policy_params(retrieving=True))
 @pytest.mark.parametrize("slot", [0, 1, PAGE - 1, 37 * PAGE, 37 * PAGE + 5, 600 * PAGE - 1])
-def test_a_write_changes_its_own_page_only(case: PolicyCase, slot: int) -> None:
+def test_new_keys_change_what_is_known_of_their_own_page_only(case: PolicyCase, slot: int) -> None:
     layer = layer_of(case)
-    layer.write(torch.randn(600 * PAGE, 3, HEAD_DIM), torch.arange(600 * PAGE))
+    for memory in layer.memories:
+        for tensor in memory.state:
+            tensor.fill_(3)
     before = states(layer)
-    layer.write(torch.full((1, 3, HEAD_DIM), -7.0), torch.tensor([slot]))
+    for memory in layer.forgetters:
+        memory.forget(torch.tensor([slot]))
     changed = (states(layer) != before).any(1).nonzero().flatten().tolist()
-    assert changed == ([slot // PAGE] if case.indexes_on_write else [])
+    assert changed in ([], [slot // PAGE])
+    for memory in layer.forgetters:
+        memory.forget(torch.tensor([-1, -PAGE]))
+    again = (states(layer) != before).any(1).nonzero().flatten().tolist()
+    assert again == changed, "padding is not written"
 
 
 @pytest.mark.parametrize("case", policy_params(retrieving=True))
-def test_padding_is_not_written(case: PolicyCase) -> None:
-    layer = layer_of(case)
-    before = states(layer)
-    for count in (1, 4):
-        layer.write(torch.randn(count, 3, HEAD_DIM), torch.full((count,), -1))
-        assert torch.equal(states(layer), before)
-    layer.write(torch.randn(3, 3, HEAD_DIM), torch.tensor([-1, 8 * PAGE, -1]))
-    changed = (states(layer) != before).any(1).nonzero().flatten().tolist()
-    assert changed == ([8] if case.indexes_on_write else [])
+def test_pages_are_open_again_once_written_to(case: PolicyCase) -> None:
+    made = world(case)
+    made.run([Piece(1, 480, 20, True)])
+    assert made.pipeline.seals is not None
+    flags = made.pipeline.seals.flags
+    far = [made.pages_of[1][n] for n in far_of(480)]
+    assert flags[far].all()
+    made._store(torch.zeros(1, 3, HEAD_DIM), made.slots(1, 100, 101))
+    assert flags[far].sum() == len(far) - 1
+    assert not flags[made.pages_of[1][100 // PAGE]]
 
 
 @pytest.mark.parametrize("case", policy_params(retrieving=True))
-def test_one_by_one_as_in_bulk(case: PolicyCase) -> None:
-    """A page's state follows from its keys, not from the steps that brought them."""
-    keys, slots = torch.randn(5 * PAGE + 3, 3, HEAD_DIM), torch.arange(5 * PAGE + 3) + 2 * PAGE
-    bulk, single, chunks = (layer_of(case) for _ in range(3))
-    bulk.write(keys, slots)
-    for token in range(len(keys)):
-        single.write(keys[token : token + 1], slots[token : token + 1])
-    for start in range(0, len(keys), 7):
-        chunks.write(keys[start : start + 7], slots[start : start + 7])
-    assert torch.equal(states(bulk), states(single))
-    assert torch.equal(states(bulk), states(chunks))
+def test_pages_sealed_one_by_one_as_in_bulk(case: PolicyCase) -> None:
+    """A page's summary follows from what it holds, not from what is sealed beside it."""
+    found = []
+    for size in (1, 3, 12):
+        made = world(case)
+        made.write(1, 0, 20 * PAGE)
+        assert made.layer is not None
+        step = step_of([Far(0, 2, 14)], made.table([Piece(1, 0, 20 * PAGE, True)]))
+        logical = np.arange(2, 14, dtype=np.int32)
+        for first in range(0, 12, size):
+            part = logical[first : first + size]
+            pages = np.array(made.pages_of[1], np.int32)[part]
+            sealed = Sealing(pages, part, np.array([0, size], np.int32))
+            for memory in made.layer.sealers:
+                memory.seal(sealed, step, Workspace())
+        found.append(states(made.layer))
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
 
 
 @pytest.mark.parametrize("case", policy_params(retrieving=True, finds_a_key=True))

@@ -96,7 +96,7 @@ class Cache:
         """Puts keys into the cache and tells the memories."""
         self.keys[slots // PAGE, :, :, slots % PAGE] = keys
         for memory in (self.memory, self.events):
-            memory.write(keys, slots)
+            memory.forget(slots)
 
     def prefill(
         self, surprise: torch.Tensor, pages: list[int], chunk: int, start: int = 0,

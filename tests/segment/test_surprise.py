@@ -95,7 +95,7 @@ def test_padding_is_not_written() -> None:
     cache.prefill(surprises(4), pages, WINDOW)
     before = cache.learnt(pages, LENGTH)
     for memory in (cache.memory, cache.events):
-        memory.write(torch.zeros(2, 2, 16), torch.tensor([-1, -PAGE]))
+        memory.forget(torch.tensor([-1, -PAGE]))
     after = cache.learnt(pages, LENGTH)
     assert torch.equal(before[0][1:], after[0][1:])
     assert before[1:] == after[1:]
