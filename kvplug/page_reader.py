@@ -20,7 +20,13 @@ from kvplug.numeric import from_bfloat16
 from kvplug.windows import Ints
 from kvplug.workspace import Workspace
 
-BITS = {torch.bfloat16: torch.uint16, torch.float16: torch.uint16, torch.float32: torch.uint32}
+BITS = {
+    torch.bfloat16: torch.uint16,
+    torch.float16: torch.uint16,
+    torch.float32: torch.uint32,
+    torch.float8_e4m3fn: torch.uint8,
+    torch.float8_e5m2: torch.uint8,
+}
 """Types that can be read, and the integers that hold their bits."""
 
 
@@ -38,16 +44,26 @@ class PageReader:
 
     Args:
         pages: ``[pages * Hk, N]`` contiguous: all numbers of every page, of a type in BITS.
+            Those of 8 bits are quantised.
         places: ``[A * B]`` int32: which of them are read.
         shape: ``(A, B)``.
         name: Of the buffer; two readers of different names can be read from at a time.
+        scale: What quantised numbers are multiplied by.
     """
 
     def __init__(
-        self, pages: torch.Tensor, places: Ints, shape: tuple[int, int], name: str
+        self,
+        pages: torch.Tensor,
+        places: Ints,
+        shape: tuple[int, int],
+        name: str,
+        scale: float = 1.0,
     ) -> None:
         """Views the pages as bits."""
-        self._pages, self._dtype, self._shape = pages, pages.dtype, shape
+        self._pages, self._dtype, self._shape, self._scale = pages, pages.dtype, shape, scale
+        if pages.dtype.itemsize == 1:
+            codes = torch.arange(256, dtype=torch.uint8).view(pages.dtype)
+            self._numbers = (codes.float() * scale).numpy()
         self._bits = pages.view(BITS[pages.dtype]).numpy()
         self._places, self._name = places, f"reader.{name}"
 
@@ -55,7 +71,8 @@ class PageReader:
         """Reads the same numbers as ``[n, B, A]``."""
         first, second = self._shape
         places = np.ascontiguousarray(self._places.reshape(first, second).T).ravel()
-        return PageReader(self._pages, places, (second, first), f"{self._name}.transposed")
+        name = f"{self._name.removeprefix('reader.')}.transposed"
+        return PageReader(self._pages, places, (second, first), name, self._scale)
 
     def read(self, rows: torch.Tensor, workspace: Workspace) -> torch.Tensor:
         """Copies pages of single heads.
@@ -76,6 +93,9 @@ class PageReader:
         elif self._dtype == torch.float32:
             out = found.view(count, width).view(torch.uint32).numpy()
             _read(work, self._bits, rows.numpy(), self._places, out)
+        elif self._dtype.itemsize == 1:
+            out = found.view(count, width).numpy()
+            _look_up(work, self._bits, rows.numpy(), self._places, self._numbers, out)
         else:
             half = workspace.take(f"{self._name}.half", (count, width), self._dtype)
             _read(work, self._bits, rows.numpy(), self._places, half.view(torch.uint16).numpy())
@@ -99,3 +119,12 @@ def _read_bfloat16(pages, rows, places, out):  # type: ignore[no-untyped-def]
         page, target = pages[rows[n]], out[n]
         for i in range(places.shape[0]):
             target[i] = from_bfloat16(page[places[i]])
+
+
+@compiled()
+def _look_up(pages, rows, places, numbers, out):  # type: ignore[no-untyped-def]
+    """The same, of codes that each stand for one of 256 numbers."""
+    for n in prange(rows.shape[0]):
+        page, target = pages[rows[n]], out[n]
+        for i in range(places.shape[0]):
+            target[i] = numbers[page[places[i]]]

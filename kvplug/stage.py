@@ -208,9 +208,8 @@ class Layer:
         """
         if self._reader is None:
             raise KvplugError(
-                "This recipe reads keys back from the KV cache, and kvplug cannot read this type "
-                "of cache (fp8): choose another policy, such as simhash, or another "
-                "--kv-cache-dtype."
+                "This recipe reads keys back from the KV cache, and kvplug cannot tell how this "
+                "CPU's kernel packs them: choose another --kv-cache-dtype, or policy streaming."
             )
         return self._reader
 

@@ -198,7 +198,9 @@ def bind_layers(vllm_config: Any) -> None:
         )
     shapes = _shapes(vllm_config, retrieving)
     for number, shape in shapes.items():
-        retrieving[number].impl.bind(retrieving[number].kv_cache, shape)
+        layer = retrieving[number]
+        scales = (layer._k_scale_float, layer._v_scale_float)
+        layer.impl.bind(layer.kv_cache, shape, scales)
     pipelines = {id(layer.impl.pipeline): number for number, layer in retrieving.items()}
     for number in pipelines.values():
         with same_threads(), warming_up():

@@ -63,12 +63,15 @@ class KvplugImpl(CPUAttentionBackendImpl):
         assert self.pipeline is not None, "vLLM made no metadata builder for this layer"
         return self.pipeline
 
-    def bind(self, kv_cache: torch.Tensor, shape: LayerShape) -> None:
+    def bind(
+        self, kv_cache: torch.Tensor, shape: LayerShape, scales: tuple[float, float] = (1.0, 1.0)
+    ) -> None:
         """Takes the layer's cache and allocates what the layer remembers.
 
         Args:
             kv_cache: ``[pages, Hk, P, 2 * D]``.
             shape: The layer's geometry.
+            scales: Of quantised keys and values.
 
         Raises:
             KvplugError: The cache's layout is not one that pages can be viewed in, or read in
@@ -76,15 +79,14 @@ class KvplugImpl(CPUAttentionBackendImpl):
         """
         assert self.attend is not None
         self.cache = SingleHeadCache.of(kv_cache)
-        reader = self.attend.reader(self.cache)
+        reader = self.attend.reader(self.cache, scales[0])
         self.stages = self._pipeline.make_layer(shape, reader)
         if self._pipeline.stages.merge == "coarse" and self.stages is not None:
-            values = self.attend.value_reader(self.cache)
+            values = self.attend.value_reader(self.cache, scales[1])
             if reader is None or values is None:
                 raise KvplugError(
-                    "Merge 'coarse' reads keys and values back from the KV cache, and kvplug "
-                    "cannot read this type of cache (fp8): use merge 'exact', or another "
-                    "--kv-cache-dtype."
+                    "Merge 'coarse' reads keys and values back from the KV cache, and kvplug does "
+                    "not know how this CPU's kernel packs them: use merge 'exact'."
                 )
             means = self.stages.index.means
             self.coarse = CoarseMerge(reader, values, means, self.scale, self.logits_soft_cap)

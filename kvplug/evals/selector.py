@@ -63,7 +63,7 @@ class SelectorMeter(MassMeter):
         reader = impl.attend.reader(impl.cache)
         values = impl.attend.value_reader(impl.cache)
         if reader is None or values is None:
-            raise KvplugError("Selections are measured from the KV cache, and this one is fp8.")
+            raise KvplugError("Selections are measured from a KV cache that kvplug can read.")
         return cls(reader, values, impl.scale, impl.logits_soft_cap, since)
 
     def head(self, queries: torch.Tensor, table: PageTable, s: int, head: int) -> Mass:

@@ -9,7 +9,7 @@ import torch
 from vllm import _custom_ops as ops
 from vllm import envs
 
-from kvplug.attention.attend.packing import find_packing
+from kvplug.attention.attend.packing import find_packing, numbers_of
 from kvplug.page_reader import Packing, PageReader
 from kvplug.pages import single_head_view
 
@@ -86,19 +86,26 @@ class CpuAttend:
         self.isa = isa
         self.kv_cache_dtype = kv_cache_dtype
 
-    def reader(self, cache: SingleHeadCache) -> PageReader | None:
-        """What reads keys back from ``cache``, as ``[n, D, P]``; None where that cannot be done."""
-        packing, (_, _, page, dim) = self._packing(cache), cache.keys.shape
-        return packing and PageReader(cache.pages, packing.keys, (dim, page), "keys")
+    def reader(self, cache: SingleHeadCache, scale: float = 1.0) -> PageReader | None:
+        """What reads keys back from ``cache``, as ``[n, D, P]``; None where that cannot be done.
 
-    def value_reader(self, cache: SingleHeadCache) -> PageReader | None:
+        Args:
+            cache: The layer's pages.
+            scale: Of quantised keys.
+        """
+        packing, (_, _, page, dim) = self._packing(cache), cache.keys.shape
+        pages = numbers_of(cache.pages, self.kv_cache_dtype)
+        return packing and PageReader(pages, packing.keys, (dim, page), "keys", scale)
+
+    def value_reader(self, cache: SingleHeadCache, scale: float = 1.0) -> PageReader | None:
         """What reads values, as ``[n, P, D]``; None where that cannot be done."""
         packing, (_, _, page, dim) = self._packing(cache), cache.values.shape
-        return packing and PageReader(cache.pages, packing.values, (page, dim), "values")
+        pages = numbers_of(cache.pages, self.kv_cache_dtype)
+        return packing and PageReader(pages, packing.values, (page, dim), "values", scale)
 
     def _packing(self, cache: SingleHeadCache) -> Packing | None:
         page, dim = cache.keys.shape[2:]
-        return _packing_of(page, dim, cache.keys.dtype, self.isa)
+        return _packing_of(page, dim, self.dtype, cache.keys.dtype, self.isa, self.kv_cache_dtype)
 
     def schedule(self, table: PageTable) -> list[Call]:
         """The kernel calls for ``table``; they hold for every layer of the step.
