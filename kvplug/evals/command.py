@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shlex
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import asdict
@@ -79,25 +81,35 @@ def command(progress: Progress, out: Console, numbers: Callable[[str], list[int]
         answers: Annotated[
             Path | None, typer.Option(help="File of answers, JSON lines; asked again, goes on.")
         ] = None,
-        html: Annotated[Path | None, typer.Option(help="Page to write.")] = None,
+        html: Annotated[Path | None, typer.Option(help="Page with plots to write.")] = None,
+        write: Annotated[Path | None, typer.Option(help="Markdown page to write.")] = None,
         fail_under: Annotated[
             float, typer.Option(min=0, help="Exit 1 if a setup keeps less of dense accuracy.")
         ] = 0.0,
         as_json: Annotated[bool, typer.Option("--json", help="Print JSON last.")] = False,
     ) -> None:
         """Long-context tasks over policies, budgets and lengths: what does retrieval cost?"""
+        from kvplug.evals import report
         from kvplug.evals.endpoint import Endpoint
         from kvplug.evals.local import LocalModel
         from kvplug.evals.plan import Job, Settings, Setup
         from kvplug.evals.records import Records
         from kvplug.evals.run import run, setups_of
         from kvplug.evals.summary import summarise
-        from kvplug.machine import versions
+        from kvplug.machine import num_threads, processor, versions
 
         remote = model.startswith(("http://", "https://"))
         words = plain if plain is not None else model == "recall"
         settings = Settings(
-            model, haystack, words, page, chunk, selector, {} if remote else versions()
+            model,
+            haystack,
+            words,
+            page,
+            chunk,
+            selector,
+            "" if remote else processor(),
+            0 if remote else num_threads(),
+            {} if remote else versions(),
         )
         setups = (
             [Setup(label, label)]
@@ -118,7 +130,11 @@ def command(progress: Progress, out: Console, numbers: Callable[[str], list[int]
         asked = set(job.questions())
         given = [answer for answer in records.answers.values() if answer.question in asked]
         rows = summarise(given, setups, page)
-        show(out, settings, rows, given, html, as_json)
+        if html is not None:
+            save(html, report.page(settings, rows, given))
+        if write is not None:
+            save(write, report.document(settings, rows, shlex.join(["kvplug", *sys.argv[1:]])))
+        show(out, settings, rows, as_json)
         worst = lowest(rows)
         if worst is not None and worst < fail_under:
             raise typer.Exit(1)
@@ -162,16 +178,16 @@ def lowest(rows: list[Row]) -> float | None:
     return min(kept, default=None)
 
 
-def show(
-    out: Console, settings: Settings, rows: list[Row], answers: list[Any], html: Path | None,
-    as_json: bool,
-) -> None:  # fmt: skip
-    """Prints a table, or JSON; writes the page."""
+def save(path: Path, text: str) -> None:
+    """Writes a file, and the folders above it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+def show(out: Console, settings: Settings, rows: list[Row], as_json: bool) -> None:
+    """Prints a table, or JSON."""
     from kvplug.evals import report
 
-    if html is not None:
-        html.parent.mkdir(parents=True, exist_ok=True)
-        html.write_text(report.page(settings, rows, answers))
     if as_json:
         print(json.dumps([asdict(row) for row in rows]))
         return

@@ -75,6 +75,8 @@ class Settings:
     chunk: int
     selector: bool
     """Selections are measured, and so times say nothing."""
+    processor: str
+    threads: int
     versions: dict[str, str]
 
     def to_json(self) -> str:

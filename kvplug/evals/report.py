@@ -74,6 +74,25 @@ def markdown(settings: Settings, rows: Iterable[Row]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
+def document(settings: Settings, rows: list[Row], made_by: str) -> str:
+    """A Markdown page: what was asked, all tasks together, then every task."""
+    versions = ", ".join(f"{name} {version}" for name, version in settings.versions.items())
+    numbers = "words for numbers and UUIDs" if settings.plain else "keys and values as defined"
+    together = [row for row in rows if row.task == ALL]
+    return (
+        f"# What retrieval costs in answers: {settings.model}\n\n"
+        f"Made by `{made_by}`: {settings.processor}, {settings.threads} threads, {versions}; pages "
+        f"of {settings.page}, {settings.chunk:,} prompt tokens a step, haystack "
+        f"{settings.haystack}, {numbers}. Every setup answers the same prompts, one at a time. "
+        f"Intervals are 95%, by the bootstrap over examples; *of dense* is accuracy over stock "
+        f"vLLM's on the same examples; *attended* is the share of tokens attended over prompt and "
+        f"answer; speed-ups are medians over examples.\n\n"
+        f"## All tasks together\n\n{markdown(settings, together)}\n"
+        f"## Task by task\n\n"
+        f"{markdown(settings, [row for row in rows if row.task != ALL])}"
+    )
+
+
 def page(settings: Settings, rows: list[Row], answers: list[Answer]) -> str:
     """The HTML page.
 

@@ -98,7 +98,17 @@ def serving(**changed: Any) -> Iterator[Server]:
 
 
 def settings(server: Server) -> Settings:
-    return Settings(f"http://127.0.0.1:{server.server_port}/v1", "prose", True, 32, 4096, False, {})
+    return Settings(
+        f"http://127.0.0.1:{server.server_port}/v1",
+        "prose",
+        True,
+        32,
+        4096,
+        False,
+        "a processor",
+        2,
+        {},
+    )
 
 
 def ask(server: Server, path: Path | None = None, timeout_s: float = 20) -> Records:

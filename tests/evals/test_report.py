@@ -13,7 +13,7 @@ from kvplug.errors import KvplugError
 from kvplug.evals.command import chosen_tasks, lowest, own_setups
 from kvplug.evals.plan import Settings
 from kvplug.evals.records import Records
-from kvplug.evals.report import COLUMNS, cells, markdown, page
+from kvplug.evals.report import COLUMNS, cells, document, markdown, page
 from kvplug.evals.run import run
 from kvplug.evals.summary import ALL, summarise
 from kvplug.evals.tasks import TASKS
@@ -43,7 +43,7 @@ def test_the_page_is_self_contained(records: Records) -> None:
 
 
 def test_names_are_escaped() -> None:
-    text = page(Settings("<script>x", "prose", True, 32, 4096, False, {}), [], [])
+    text = page(Settings("<script>x", "prose", True, 32, 4096, False, "a processor", 2, {}), [], [])
     assert "<script>x" not in text
     assert "&lt;script&gt;x" in text
 
@@ -53,6 +53,14 @@ def test_markdown_has_a_row_for_each(records: Records) -> None:
     lines = markdown(SETTINGS, rows).splitlines()
     assert len(lines) == len(rows) + 2
     assert {line.count("|") for line in lines} == {len(COLUMNS) + 1}
+
+
+def test_the_document_says_how_it_was_made(records: Records) -> None:
+    rows = summarise(list(records.answers.values()), SETUPS, 32)
+    text = document(SETTINGS, rows, "kvplug eval recall")
+    for part in ("`kvplug eval recall`", "a processor, 2 threads", "vllm 0.32.0", "| passkey |"):
+        assert part in text
+    assert text.count(f"| {ALL} |") == 6
 
 
 def test_the_lowest_share_decides(records: Records) -> None:

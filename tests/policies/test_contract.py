@@ -324,11 +324,11 @@ def test_a_decoding_token_finds_its_own_key(case: PolicyCase, needle: int) -> No
     """A far key that points where the query does, eight times as long, is always retrieved."""
     made, piece = world(case), Piece(1, 500, 1, False)
     assert needle // PAGE in far_of(500)
-    plan = made.plan([piece])
-    assert plan is not None
-    assert made.layer is not None
+    made.plan([piece])  # brings the context
     queries = made.queries([piece])
     made._store(8 * queries[:, ::2].contiguous(), made.slots(1, needle, needle + 1))
+    plan = made.plan([piece], cached=False)
+    assert plan is not None
     made.attend([piece], plan)
     attended = dict(made.read([piece], plan))[1, 500]
     assert isinstance(attended, Attended)

@@ -40,7 +40,8 @@ class Copies(World):
         index, pages = self.layer.index, torch.tensor(self.pages_of[request][: stop // PAGE])
         local = next(m for m in self.layer.memories if isinstance(m, LocalMass))
         assert isinstance(index, RepresentativeIndex)
-        sealed = index.state[1][pages]
+        assert self.pipeline.seals is not None
+        sealed = self.pipeline.seals.flags[pages]
         vectors = index.vectors[pages].view(torch.int16) * sealed[:, None, None]
         return local.mass[pages].view(torch.int32), vectors, sealed
 
