@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
 from numba import njit, types
 from numba.extending import intrinsic
+
+C1, C2, C3, C4, C5, C6 = (np.float32(math.log(2) ** k / math.factorial(k)) for k in range(1, 7))
+"""Taylor coefficients of ``2 ** x``."""
+ROUNDER = np.float32(1.5 * 2**23)
+"""Added to a small float32, it leaves the nearest whole number in the low bits."""
 
 
 @intrinsic
@@ -72,3 +78,16 @@ def dot_bfloat16(vector, bits):  # type: ignore[no-untyped-def]
     for d in range(vector.shape[0]):
         total += vector[d] * from_bfloat16(bits[d])
     return total
+
+
+@njit(cache=True, inline="always")
+def power_of_two(x):  # type: ignore[no-untyped-def]
+    """``2 ** x`` for float32 ``x`` from -126 to 0, within 3 units in the last place.
+
+    Unlike the library's, the compiler can run it on a vector of floats.
+    """
+    rounded = x + ROUNDER
+    f = x - (rounded - ROUNDER)
+    fraction = np.float32(1) + f * (C1 + f * (C2 + f * (C3 + f * (C4 + f * (C5 + f * C6)))))
+    whole = np.uint32(np.uint32(float_bits(rounded) << np.uint32(23)) + np.uint32(127 << 23))
+    return fraction * bits_float(whole)

@@ -19,8 +19,8 @@ from kvplug.pages import PageGeometry
 from kvplug.pending import PendingSteps, PendingTokens
 from kvplug.policies import make_stages
 from kvplug.select.unranked import count_unranked
-from kvplug.stage import Layer, LayerShape, Memory, Passage, Sealing
-from kvplug.step import Step
+from kvplug.stage import Layer, LayerShape, Memory, Passage
+from kvplug.step import Sealing, Step
 from kvplug.windows import Batch, cut_windows
 from kvplug.workspace import Workspace
 
@@ -42,8 +42,6 @@ class Plan(NamedTuple):
     step: Step
     slots: torch.Tensor
     """``[T]`` int64, where the step's keys go; negative ones are padding."""
-    sealed: Sealing | None
-    """Pages that every layer summarises in this step; None where there are none."""
     table: PageTable | None
     """None: every window is dense, and the step is only watched."""
 
@@ -181,12 +179,9 @@ class Pipeline:
         step = Step(windows, pages, self.geometry.most_pages, stream, is_prefilling)
         new = torch.from_numpy(slots[: query_start[-1]])
         if not is_sparse:
-            return Plan(step, new, None, None)
-        sealed = self.seals.seal(step, self.workspace) if self.seals is not None else None
-        if sealed is not None and not len(sealed.pages):
-            sealed = None
+            return Plan(step, new, None)
         table = PageTable(step, self.geometry, self.num_kv_heads, self.workspace)
-        return Plan(step, new, sealed, table)
+        return Plan(step, new, table)
 
     def _can_wait(self, batch: Batch) -> bool:
         """Whether the step's tokens wait; if not, those that do are told first."""
@@ -222,11 +217,22 @@ class Pipeline:
             return
         passage = Passage(queries, keys, plan.step, self.workspace)
         layer.watch(passage, plan.slots)
-        if plan.sealed is not None:
-            for memory in layer.sealers:
-                memory.seal(plan.sealed, plan.step, self.workspace)
-        if plan.table is not None:
-            self._select(layer, passage.queries, plan.step, plan.table)
+        if plan.table is None:
+            return
+        sealed = self._sealed(plan.step)
+        for memory in layer.sealers if len(sealed.pages) else ():
+            memory.seal(sealed, plan.step, self.workspace)
+        self._select(layer, passage.queries, plan.step, plan.table)
+
+    def _sealed(self, step: Step) -> Sealing:
+        """Pages that every layer summarises in this step.
+
+        Found when the first layer runs, not when the step is planned: a plan may never be run.
+        """
+        assert self.seals is not None
+        if step.sealed is None:
+            step.sealed = self.seals.seal(step, self.workspace)
+        return step.sealed
 
     def learn(self, hidden: torch.Tensor, tokens: torch.Tensor, model: Any, step: Step) -> None:
         """Lets the segment stage learn from a step's output; see :meth:`Segmenter.learn`."""
@@ -287,16 +293,18 @@ class Pipeline:
             if plan is not None:
                 self.run(layer, queries[:tokens], keys[:tokens], plan)
             if plan is not None and self.segmenter is not None:
-                self.learn(keys[:tokens, 0], ids[:tokens], _NoModel(), plan.step)
+                for dtype in (torch.float32, torch.bfloat16):
+                    self.learn(keys[:tokens, 0], ids[:tokens], _NoModel(dtype), plan.step)
 
 
-class _NoModel:
+class _NoModel(NamedTuple):
     """What a warm-up learns from: any logits will do."""
 
-    @staticmethod
-    def compute_logits(hidden: torch.Tensor) -> torch.Tensor:
+    dtype: torch.dtype
+
+    def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Two tokens, equally likely."""
-        return hidden.new_zeros((len(hidden), 2))
+        return hidden.new_zeros((len(hidden), 2), dtype=self.dtype)
 
 
 def region_sizes(config: KvplugConfig, page: int) -> PageGeometry:

@@ -19,8 +19,7 @@ from kvplug.errors import KvplugError
 
 if TYPE_CHECKING:
     from kvplug.page_reader import PageReader
-    from kvplug.step import Step
-    from kvplug.windows import Ints
+    from kvplug.step import Sealing, Step
     from kvplug.workspace import Workspace
 
 
@@ -94,21 +93,6 @@ def as_float(vectors: torch.Tensor, workspace: Workspace, name: str) -> torch.Te
     if vectors.dtype == torch.float32 and vectors.is_contiguous():
         return vectors
     return workspace.take(name, tuple(vectors.shape), torch.float32).copy_(vectors)
-
-
-class Sealing(NamedTuple):
-    """Pages that a step's windows leave behind, ``n`` of them, window by window.
-
-    They are whole, no later query has them in its local region, and none was sealed since it was
-    last written to. Valid until the next step is planned.
-    """
-
-    pages: Ints
-    """``[n]`` physical pages, each once. Within a window they ascend logically."""
-    logical: Ints
-    """``[n]`` their numbers in the context of the window that seals them."""
-    starts: Ints
-    """``[S + 1]`` first entry of each window of ``step.windows``, then n."""
 
 
 class Memory:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -11,6 +11,21 @@ if TYPE_CHECKING:
     import torch
 
     from kvplug.windows import Ints, Windows
+
+
+class Sealing(NamedTuple):
+    """Pages that a step's windows leave behind, ``n`` of them, window by window.
+
+    They are whole, no later query has them in its local region, and none was sealed since it was
+    last written to. Valid until the next step is planned.
+    """
+
+    pages: Ints
+    """``[n]`` physical pages, each once. Within a window they ascend logically."""
+    logical: Ints
+    """``[n]`` their numbers in the context of the window that seals them."""
+    starts: Ints
+    """``[S + 1]`` first entry of each window of ``step.windows``, then n."""
 
 
 class Step:
@@ -39,6 +54,8 @@ class Step:
         self.most_pages = most_pages
         self._stream = stream
         self._is_prefilling = is_prefilling
+        self.sealed: Sealing | None = None
+        """Pages that its layers summarise, once the first of them runs."""
 
     @property
     def stream(self) -> Windows:

@@ -9,8 +9,8 @@ import torch
 
 from kvplug.index.sealing import Seals
 from kvplug.page_reader import PageReader
-from kvplug.stage import LayerShape, Memory, Sealing
-from kvplug.step import Step
+from kvplug.stage import LayerShape, Memory
+from kvplug.step import Sealing, Step
 from kvplug.workspace import Workspace
 from tests.made_up import reader_of
 from tests.steps import Far, step_of

@@ -147,7 +147,7 @@ def plan_of(shape: Shape, cache: Cache, batch: str, everything: bool) -> tuple[P
             selected[w, head, : len(pages)] = pages
             chosen[s].append(pages.tolist())
     table.write_selected(selected, counts_of(step, HEADS), False)
-    return Plan(step, torch.empty(0, dtype=torch.int64), None, table), chosen
+    return Plan(step, torch.empty(0, dtype=torch.int64), table), chosen
 
 
 def attend(shape: Shape, cache: Cache, plan: Plan) -> torch.Tensor:

@@ -43,8 +43,15 @@ def command(progress: Progress, out: Console, numbers: Callable[[str], list[int]
             str, typer.Argument(help="A checkpoint, 'recall', or the URL of an OpenAI endpoint.")
         ],
         tasks: Annotated[
-            str, typer.Option(help="Tasks, with commas; 'recall': all that ask for facts; 'all'.")
+            str,
+            typer.Option(
+                help="Tasks, with commas; 'recall': all that ask for facts; 'all'; '': none."
+            ),
         ] = "recall",
+        file: Annotated[
+            list[Path] | None,
+            typer.Option(help="A file of LongBench or InfiniteBench; as often as you like."),
+        ] = None,
         policies: Annotated[
             str, typer.Option(help="Recipes or own setups; stock vLLM is always asked.")
         ] = "simhash",
@@ -91,6 +98,7 @@ def command(progress: Progress, out: Console, numbers: Callable[[str], list[int]
         """Long-context tasks over policies, budgets and lengths: what does retrieval cost?"""
         from kvplug.evals import report
         from kvplug.evals.endpoint import Endpoint
+        from kvplug.evals.files import add_file
         from kvplug.evals.local import LocalModel
         from kvplug.evals.plan import Job, Settings, Setup
         from kvplug.evals.records import Records
@@ -120,7 +128,9 @@ def command(progress: Progress, out: Console, numbers: Callable[[str], list[int]
             setups = [setup for setup in setups if setup.budget is not None]
         if not setups:
             raise KvplugError("--selector measures recipes on a checkpoint; none is named.")
-        job = Job(settings, setups, chosen_tasks(tasks), sorted(numbers(contexts)), examples)
+        names = chosen_tasks(tasks) if tasks else []
+        names += [add_file(path) for path in file or ()]
+        job = Job(settings, setups, names, sorted(numbers(contexts)), examples)
         records = Records(answers, settings)
         with progress() as say:
             answering: Model = (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache
 from typing import NamedTuple
 
 from kvplug.evals.fit import Fitted, fit
@@ -37,7 +37,7 @@ class Prompts:
         """Reads the haystack."""
         materials = Materials(Noise(), haystack(settings.haystack), Wording(settings.plain))
 
-        @lru_cache(maxsize=64)
+        @cache
         def made(question: Question) -> Fitted:
             task = TASKS.get(question.task)
             return fit(task, question.context, question.number, materials, count)

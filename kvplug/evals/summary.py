@@ -5,11 +5,11 @@ from __future__ import annotations
 import statistics
 from dataclasses import dataclass
 
-from kvplug.attended import attended_share
 from kvplug.config import KvplugConfig
 from kvplug.evals.bootstrap import Interval, mean, ratio
 from kvplug.evals.plan import STOCK, Answer, Question, Setup
 from kvplug.evals.selector import Choice
+from kvplug.pipeline import region_sizes
 
 ALL = "all tasks"
 
@@ -26,7 +26,7 @@ class Row:
     kept: Interval | None
     """Accuracy over dense accuracy on the same examples; None where dense scored nothing."""
     attended: float
-    """Tokens attended over tokens there, by position and layer, prompt and answer."""
+    """Share of the context that a query of the answer attends to."""
     ttft_ratio: float | None
     """Median of dense seconds to the first token over the setup's, example by example."""
     decode_ratio: float | None
@@ -95,9 +95,13 @@ def selection(answers: list[Answer]) -> Choice | None:
 
 
 def _attended(setup: Setup, page: int, answers: list[Answer]) -> float:
-    """Share of tokens attended, for a prompt of the mean length and an answer of 32 tokens."""
+    """Share of the context that a query of the answer attends to, for a prompt of mean length."""
     if setup.budget is None:
         return 1.0
     options = {"policy": setup.policy, "budget": setup.budget, **setup.options}
+    geometry = region_sizes(KvplugConfig.parse(options), page)
     prompt = round(statistics.fmean(answer.prompt_tokens for answer in answers))
-    return attended_share(KvplugConfig.parse(options), page, prompt, 32)
+    if prompt <= geometry.dense_below:
+        return 1.0
+    pages = geometry.sink_pages + geometry.budget_pages
+    return min((pages * page + geometry.local) / prompt, 1.0)

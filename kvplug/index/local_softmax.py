@@ -5,12 +5,10 @@ Logits are on base 2: the caller scales queries by ``scale * log2(e)``.
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 from numba import njit
 
-from kvplug.numeric import bits_float, float_bits
+from kvplug.numeric import power_of_two
 
 LANES = 16
 """Floats in a vector register."""
@@ -18,10 +16,6 @@ TILE = 64
 """Keys whose logits are computed at a time."""
 BIG = np.float32(1e30)
 """Logits beyond it, and NaN, get no mass."""
-C1, C2, C3, C4, C5, C6 = (np.float32(math.log(2) ** k / math.factorial(k)) for k in range(1, 7))
-"""Taylor coefficients of ``2 ** x``."""
-ROUNDER = np.float32(1.5 * 2**23)
-"""Added to a small float32, it leaves the nearest whole number in the low bits."""
 
 
 @njit(cache=True, fastmath={"contract"})
@@ -112,7 +106,7 @@ def exponentials(row, count, page):  # type: ignore[no-untyped-def]
     top = lanes.max()
     for t in range(width):
         x = padded[t] - top
-        power = _power_of_two(max(x, np.float32(-126)))
+        power = power_of_two(max(x, np.float32(-126)))
         padded[t] = power if x >= np.float32(-126) else np.float32(0)
     lanes[:] = 0
     for first in range(0, width, LANES):
@@ -122,16 +116,3 @@ def exponentials(row, count, page):  # type: ignore[no-untyped-def]
     row[count : (count + page - 1) // page * page] = 0
     total = lanes.sum()
     return np.float32(1) / total if top > -BIG else np.float32(0)
-
-
-@njit(cache=True, inline="always")
-def _power_of_two(x):  # type: ignore[no-untyped-def]
-    """``2 ** x`` for float32 ``x`` from -126 to 0, within 3 units in the last place.
-
-    Unlike the library's, the compiler can run it on a vector of floats.
-    """
-    rounded = x + ROUNDER
-    f = x - (rounded - ROUNDER)
-    fraction = np.float32(1) + f * (C1 + f * (C2 + f * (C3 + f * (C4 + f * (C5 + f * C6)))))
-    whole = np.uint32(np.uint32(float_bits(rounded) << np.uint32(23)) + np.uint32(127 << 23))
-    return fraction * bits_float(whole)

@@ -21,8 +21,7 @@ from kvplug.stage import Layer
 
 if TYPE_CHECKING:
     from kvplug.probe.base import Probes
-    from kvplug.stage import Sealing
-    from kvplug.step import Step
+    from kvplug.step import Sealing, Step
     from kvplug.workspace import Workspace
 
 LANES = 16

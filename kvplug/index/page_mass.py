@@ -15,12 +15,12 @@ import torch
 from numba import njit
 
 from kvplug.index.local_mass import LocalMass
-from kvplug.stage import Layer, Memory, Sealing
+from kvplug.stage import Layer, Memory
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from kvplug.step import Step
+    from kvplug.step import Sealing, Step
     from kvplug.workspace import Workspace
 
 

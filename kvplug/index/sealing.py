@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from numba import njit
 
-from kvplug.stage import Sealing
+from kvplug.step import Sealing
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -116,7 +116,7 @@ class SurpriseSegmenter(Segmenter):
         )
         self._window = shape.window
         self._workspace = Workspace()
-        self._meter = SurpriseMeter(self._workspace)
+        self._meter = SurpriseMeter()
         self._sums: KeySums | None = None
         if options.refine != "none":
             self._sums = KeySums(layer.reader, shape.num_kv_heads, shape.page, self._workspace)

@@ -70,7 +70,7 @@ def measure(selected: list[list[int]], **changed: Any) -> list[Mass]:
     table.write_selected(torch.tensor([padded], dtype=torch.int32), counts, True)
     settings: dict[str, Any] = {"scale": 1.0, "softcap": 0.0, "since": 0, **changed}
     meter = MassMeter(reader_of(cache), **settings)
-    meter(queries, Plan(step, torch.empty(0, dtype=torch.int64), None, table))
+    meter(queries, Plan(step, torch.empty(0, dtype=torch.int64), table))
     return meter.measured
 
 

@@ -17,7 +17,7 @@ import torch
 from kvplug.config import KvplugConfig
 from kvplug.pipeline import LayerStages, Plan, sparse_context
 from kvplug.policies import POLICIES, make_stages
-from kvplug.stage import Sealing
+from kvplug.step import Sealing
 from kvplug.workspace import Workspace
 from tests.cases import POLICY_CASES, PolicyCase, policy_params
 from tests.made_up import HEAD_DIM, Attended, Piece, World, layer_shape, reader_of

@@ -7,7 +7,6 @@ import torch
 
 from kvplug.errors import KvplugError
 from kvplug.segment.surprisal import HIGHEST, MOST_LOGITS, SurpriseMeter, surprise_reference
-from kvplug.workspace import Workspace
 
 
 class Head:
@@ -24,7 +23,7 @@ class Head:
 
 def measured(hidden: torch.Tensor, tokens: torch.Tensor, head: object) -> torch.Tensor:
     surprise = torch.empty(len(tokens))
-    SurpriseMeter(Workspace()).measure(hidden, tokens, head, surprise)
+    SurpriseMeter().measure(hidden, tokens, head, surprise)
     return surprise
 
 
