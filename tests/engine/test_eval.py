@@ -15,7 +15,7 @@ import pytest
 
 pytestmark = pytest.mark.engine
 
-TASKS = ("niah_single_1", "niah_multikey_2", "mqar", "joint_recall", "kv_retrieval")
+TASKS = ("niah_single_1", "mqar", "joint_recall")
 ARGUMENTS = [
     "eval", "recall", "--tasks", ",".join(TASKS), "--contexts", "8192", "--examples", "3",
     "--policies", "simhash,random-pages", "--budgets", "512", "--eager", "--json",
