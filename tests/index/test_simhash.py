@@ -107,6 +107,32 @@ def test_an_equal_key_is_always_first(dtype: torch.dtype, scale: float, layer: i
         assert (scores.argmax(1) == token // 5).all()
 
 
+def test_a_window_of_several_tokens_is_asked_by_what_stands_out() -> None:
+    """Every page has the sentence that one probe matches to the bit; one page has the other's key.
+
+    The twin agrees, also where a step has windows of both kinds.
+    """
+    index = index_of(shape_of())
+    keys = far_from_ties(torch.randn(200, 3, 24), index.planes)
+    keys[::5] = keys[0]  # the first token of every page
+    keys[7 * 5 + 2] = keys[61]
+    fill(index, keys, torch.arange(40))
+    probes = torch.stack([keys[0], keys[7 * 5 + 2]], 1)  # [Hk, 2, D]
+    far = [Far(0, 0, 40, tokens=9), Far(0, 0, 12, tokens=1), Far(0, 3, 30, tokens=4)]
+    scores = torch.full((3, 3, 40), NAN)
+    counts = torch.tensor([2, 2, 2], dtype=torch.int32)
+    index.score(Probes(probes.expand(3, -1, -1, -1).contiguous(), counts), step_of(far), scores)
+    for w, window in enumerate(far):
+        mine = keys[window.begin * 5 : window.end * 5]
+        expected = simhash_scores_reference(mine, probes, index.planes, 5, window.tokens > 1)
+        count = window.end - window.begin
+        torch.testing.assert_close(scores[w, :, :count], expected, rtol=0, atol=1e-5)
+        assert scores[w, :, count:].isnan().all()
+    assert (scores[1, :, :12] == BITS).all(), "a single token's probes are all that asks"
+    assert sorted(scores[0, 0].topk(2).indices.tolist()) == [7, 12]
+    assert (scores[0].topk(2).values > 10).all()
+
+
 def test_an_opposite_key_is_last() -> None:
     index = index_of(shape_of(page=1))
     keys = torch.randn(40, 3, 24)
