@@ -55,7 +55,7 @@ class Handler(BaseHTTPRequestHandler):
             if self.server.status:
                 self.reply({"error": {"message": "it broke"}}, self.server.status)
             else:
-                time.sleep(3)
+                time.sleep(8)
             return
         self.server.asked.append(body)
         self.send_response(200)
@@ -130,7 +130,7 @@ def test_answers_are_streamed_and_timed() -> None:
         assert 200 < answer.prompt_tokens <= 300
         assert answer.ttft_s > 0
         assert answer.decode_tok_s is not None
-        assert 20 < answer.decode_tok_s < 110
+        assert 0 < answer.decode_tok_s < 110  # tokens are 10 ms apart, or more
 
 
 @pytest.mark.parametrize(
@@ -145,7 +145,7 @@ def test_a_server_that_fails_part_way_loses_nothing(
         serving(fail_after=2, status=status) as server,
         pytest.raises(KvplugError, match=message) as caught,
     ):
-        ask(server, path, timeout_s=1)
+        ask(server, path, timeout_s=20 if status else 3)
     assert "\n" not in str(caught.value)
     assert len(read(path)[1]) == 2
 
