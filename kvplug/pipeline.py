@@ -144,7 +144,8 @@ class Pipeline:
         known = set(self.common)
         layer = LayerStages(self, Layer(shape, self.common, reader))
         # The first layer that asks for a shared memory feeds it.
-        layer.forgetters += [memory for kind, memory in self.common.items() if kind not in known]
+        new = [memory for kind, memory in self.common.items() if kind not in known]
+        layer.forgetters += [m for m in new if type(m).forget is not Memory.forget]
         self.seals = self.seals or Seals(shape.num_pages)
         needs_logits = self.stages.segment is not None and self.stages.segment.needs_logits
         self.watched = self.watched or needs_logits or bool(layer.watchers)

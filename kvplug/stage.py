@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
 import torch
 
 from kvplug.errors import KvplugError
+from kvplug.workspace import Workspace
 
 if TYPE_CHECKING:
     from kvplug.page_reader import PageReader
     from kvplug.step import Sealing, Step
-    from kvplug.workspace import Workspace
 
 
 class LayerShape(NamedTuple):
@@ -144,6 +144,15 @@ class Memory:
     def nbytes(self) -> float:
         """Bytes that it takes when every page of the cache is in use."""
         return sum(tensor.nbytes for tensor in self.state)
+
+
+class Scratch(Memory):
+    """Buffers that the stages of all layers share (:meth:`Layer.shared`); it remembers nothing."""
+
+    def __init__(self, layer: Layer) -> None:
+        """Starts empty."""
+        super().__init__(layer)
+        self.workspace = Workspace()
 
 
 M = TypeVar("M", bound=Memory)

@@ -78,11 +78,11 @@ class KvplugImpl(CPUAttentionBackendImpl):
                 where the recipe reads them.
         """
         assert self.attend is not None
-        self.cache = SingleHeadCache.of(kv_cache)
-        reader = self.attend.reader(self.cache, scales[0])
+        self.cache = SingleHeadCache.of(kv_cache, scales)
+        reader = self.attend.reader(self.cache)
         self.stages = self._pipeline.make_layer(shape, reader)
         if self._pipeline.stages.merge == "coarse" and self.stages is not None:
-            values = self.attend.value_reader(self.cache, scales[1])
+            values = self.attend.value_reader(self.cache)
             if reader is None or values is None:
                 raise KvplugError(
                     "Merge 'coarse' reads keys and values back from the KV cache, and kvplug does "

@@ -61,6 +61,16 @@ class Bench:
         self.engine = LLMEngine.from_engine_args(arguments)
         self._serial = 0
 
+    def retrieving_layers(self) -> list[Any]:
+        """vLLM's attention layers that retrieve; none in stock vLLM."""
+        if self.job.policy in (STOCK, UNSELECTED):
+            return []
+        from vllm.config import get_layers_from_vllm_config
+        from vllm.model_executor.layers.attention import Attention
+
+        layers = get_layers_from_vllm_config(self.engine.vllm_config, Attention).values()
+        return [layer for layer in layers if layer.impl.retrieves]
+
     def prompt(self, context: int, seed: int) -> tuple[list[int], str | None]:
         """A prompt of ``context`` tokens and what to answer, the same for every policy."""
         from kvplug.models.documents import needle_prompt, random_tokens
@@ -147,6 +157,13 @@ class Bench:
             _, _, tokens = self.run([prompt.token_ids], 6, "recall")
             right += self.answers(tokens[0], prompt.expected)
         return {"context_tokens": context, "needles": len(prompts), "recalled": right}
+
+
+def set_budget(layers: list[Any], tokens: int) -> None:
+    """Gives retrieving layers another budget; no request may be running."""
+    pipelines = [layer.impl.pipeline for layer in layers]
+    for pipeline in {id(pipeline): pipeline for pipeline in pipelines}.values():
+        pipeline.set_budget(tokens)
 
 
 def main() -> None:

@@ -91,12 +91,8 @@ def profile(job: Job) -> dict[str, Any]:
         (seconds of a step): ``total``, ``select``, ``attend``, ``share`` (select / attend) and
         ``stages``.
     """
-    from vllm.config import get_layers_from_vllm_config
-    from vllm.model_executor.layers.attention import Attention
-
     bench = Bench(job)
-    layers = get_layers_from_vllm_config(bench.engine.vllm_config, Attention)
-    passes = targets([layer for layer in layers.values() if layer.impl.retrieves])
+    passes = targets(bench.retrieving_layers())
     context = job.contexts[0]
     prompt = bench.prompt(context, 0)[0]
     bench.run([prompt], 4, "warm")

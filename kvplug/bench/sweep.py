@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from kvplug.bench.engine import Bench, model_path
-from kvplug.bench.job import STOCK, Job
+from kvplug.bench.engine import Bench, model_path, set_budget
+from kvplug.bench.job import Job
 from kvplug.bench.mass import Mass, MassMeter
 
 LONG = 65_536
@@ -94,22 +94,14 @@ class SweepBench:
             for context, needles in zip(job.contexts, sweep.needles, strict=True)
         ]
         self.bench = Bench(job)
-        self.layers: list[Any] = []
-        """Attention layers that retrieve."""
-        if job.policy != STOCK:
-            from vllm.config import get_layers_from_vllm_config
-            from vllm.model_executor.layers.attention import Attention
-
-            layers = get_layers_from_vllm_config(self.bench.engine.vllm_config, Attention)
-            self.layers = [layer for layer in layers.values() if layer.impl.retrieves]
+        self.layers = self.bench.retrieving_layers()
 
     def cells(self) -> Iterator[dict[str, Any]]:
         """Measures every context and budget."""
         self.bench.run([self.documents[0].prompts[0][:512]], 4, None)  # warm
         for context, document in zip(self.sweep.job.contexts, self.documents, strict=True):
             for budget in self.sweep.budgets:
-                for pipeline in {id(x): x for x in self.pipelines()}.values():
-                    pipeline.set_budget(budget)
+                set_budget(self.layers, budget)
                 yield {
                     "context_tokens": context,
                     "budget_tokens": budget,

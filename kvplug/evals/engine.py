@@ -12,7 +12,7 @@ import time
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from kvplug.bench.engine import Bench
+from kvplug.bench.engine import Bench, set_budget
 from kvplug.bench.job import Job
 from kvplug.evals.selector import SelectorMeter
 
@@ -58,28 +58,15 @@ class Answering:
         self.bench = Bench(request.job)
         self.budget: int | None = request.budgets[0]
 
-    def layers(self) -> list[Any]:
-        """The attention layers that retrieve."""
-        if self.budget is None:
-            return []
-        from vllm.config import get_layers_from_vllm_config
-        from vllm.model_executor.layers.attention import Attention
-
-        layers = get_layers_from_vllm_config(self.bench.engine.vllm_config, Attention).values()
-        return [layer for layer in layers if layer.impl.retrieves]
-
     def set_budget(self, budget: int | None) -> None:
-        """Gives retrieving layers another budget."""
-        if budget is None or budget == self.budget:
-            return
-        pipelines = [layer.impl.pipeline for layer in self.layers()]
-        for pipeline in {id(pipeline): pipeline for pipeline in pipelines}.values():
-            pipeline.set_budget(budget)
-        self.budget = budget
+        """Gives retrieving layers another budget; None where there are none."""
+        if budget is not None and budget != self.budget:
+            set_budget(self.bench.retrieving_layers(), budget)
+            self.budget = budget
 
     def measured_reply(self, prompt: str, most: int) -> dict[str, Any]:
         """Answers one prompt and measures, with every layer and head, what is selected for it."""
-        layers = self.layers()
+        layers = self.bench.retrieving_layers()
         since = len(self.bench.tokenizer(prompt)["input_ids"])
         meters = [SelectorMeter.of(layer.impl, since) for layer in layers]
         for layer, meter in zip(layers, meters, strict=True):

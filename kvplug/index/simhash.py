@@ -24,12 +24,12 @@ from kvplug.compiled import compiled
 from kvplug.index.base import Index, PageIndex, read_pages
 from kvplug.index.planes import BITS, LANES, WORDS_PER_VECTOR, draw_planes, probe_words, sign_words
 from kvplug.numeric import popcount
-from kvplug.stage import Layer
-from kvplug.workspace import Workspace
+from kvplug.stage import Layer, Scratch
 
 if TYPE_CHECKING:
     from kvplug.probe.base import Probes
     from kvplug.step import Sealing, Step
+    from kvplug.workspace import Workspace
 
 PAGES_PER_TASK = 256
 """Pages scored by one thread at a time."""
@@ -58,7 +58,7 @@ class SimHashIndex(PageIndex):
         """Draws the planes and allocates the words (untouched pages cost no memory)."""
         super().__init__(layer)
         shape, self._reader = self.shape, layer.row_reader
-        self._workspace = Workspace()
+        self._scratch = layer.shared(Scratch).workspace
         self.planes = draw_planes(shape)
         self._words = torch.zeros(
             (shape.num_pages, shape.num_kv_heads, shape.page), dtype=torch.int64
@@ -92,7 +92,7 @@ class SimHashIndex(PageIndex):
         rows = step.sparse_windows
         several = windows.num_tokens[rows] > 1
         most = vectors.shape[2] if several.any() else 0
-        nearest = self._workspace.take(
+        nearest = self._scratch.take(
             "simhash.nearest", (*scores.shape[:2], most, scores.shape[2]), torch.uint8
         ).numpy()
         _score_pages(

@@ -28,7 +28,7 @@ from kvplug.errors import KvplugError
 from kvplug.segment.base import EventStarts
 from kvplug.select.base import Select
 from kvplug.select.event_choice import choose_events, find_events
-from kvplug.stage import Layer, Memory
+from kvplug.stage import Layer, Scratch
 from kvplug.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -65,15 +65,6 @@ class Events(Select):
     ) -> None:
         """Only a layer's own selector knows the events."""
         raise NotImplementedError
-
-
-class Scratch(Memory):
-    """Buffers that the selectors of all layers share; it remembers nothing."""
-
-    def __init__(self, layer: Layer) -> None:
-        """Starts empty."""
-        super().__init__(layer)
-        self.workspace = Workspace()
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -56,7 +56,7 @@ def test_quantised_numbers_are_read_with_their_scale(name: str) -> None:
     page, dim, scale = 32, 64, 0.5
     isa = _get_attn_isa(torch.bfloat16, page, dim, name)
     packed = torch.zeros(PAGES, HEADS, page, 2 * dim, dtype=torch.uint8)
-    single = SingleHeadCache.of(packed)
+    single = SingleHeadCache.of(packed, (scale, 2 * scale))
     key_cache, value_cache = packed.view(PAGES, HEADS, 2 * page, dim).chunk(2, dim=2)
     keys, values = torch.randn(2, PAGES * page, HEADS, dim).bfloat16()
     slots = torch.arange(PAGES * page)
@@ -64,7 +64,7 @@ def test_quantised_numbers_are_read_with_their_scale(name: str) -> None:
         keys, values, key_cache, value_cache, slots, isa, scale, 2 * scale, name
     )
     kernel = CpuAttend(HEADS, HEADS, dim, torch.bfloat16, isa, name)
-    reader, value_reader = kernel.reader(single, scale), kernel.value_reader(single, 2 * scale)
+    reader, value_reader = kernel.reader(single), kernel.value_reader(single)
     assert reader is not None
     assert value_reader is not None
     read = reader.transposed().read(torch.arange(PAGES * HEADS), Workspace())

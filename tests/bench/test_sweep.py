@@ -38,6 +38,10 @@ class Engine:
         self.log: list[tuple[str, Any]] = []
         self.wrong: dict[int, int] = {}
         """Prompt -> its first wrong word."""
+        self.layers: list[Any] = []
+
+    def retrieving_layers(self) -> list[Any]:
+        return self.layers
 
     def reset_prefix_cache(self) -> bool:
         self.log.append(("reset", None))
@@ -87,11 +91,8 @@ def bench(monkeypatch: pytest.MonkeyPatch, of: Sweep, layers: int = 2) -> tuple[
     )  # fmt: skip
     engine = Engine(world.pipeline if layers else None)
     monkeypatch.setattr(module, "Bench", lambda job: engine)
-    made = SweepBench.__new__(SweepBench)
-    monkeypatch.setattr(module, "STOCK", of.job.policy)  # no layers of vLLM's are looked for
-    made.__init__(of)  # type: ignore[misc]
-    made.layers = [Layer(world) for _ in range(layers)]
-    return made, engine
+    engine.layers = [Layer(world) for _ in range(layers)]
+    return SweepBench(of), engine
 
 
 def test_json_round_trip() -> None:

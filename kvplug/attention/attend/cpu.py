@@ -27,9 +27,13 @@ class SingleHeadCache(NamedTuple):
     """``[pages * Hk, 1, P, D]``, packed likewise."""
     pages: torch.Tensor
     """``[pages * Hk, 2 * P * D]``: keys, then values."""
+    scales: tuple[float, float]
+    """Of quantised keys and values."""
 
     @classmethod
-    def of(cls, kv_cache: torch.Tensor) -> SingleHeadCache:
+    def of(
+        cls, kv_cache: torch.Tensor, scales: tuple[float, float] = (1.0, 1.0)
+    ) -> SingleHeadCache:
         """Views ``kv_cache`` ``[pages, Hk, P, 2 * D]``; no copy.
 
         Raises:
@@ -38,7 +42,7 @@ class SingleHeadCache(NamedTuple):
         single = single_head_view(kv_cache)
         rows, _, page, _ = single.shape
         keys, values = single.view(rows, 1, page * 2, -1).chunk(2, dim=2)
-        return cls(keys, values, single.view(rows, -1))
+        return cls(keys, values, single.view(rows, -1), scales)
 
 
 class Call(NamedTuple):
@@ -86,22 +90,17 @@ class CpuAttend:
         self.isa = isa
         self.kv_cache_dtype = kv_cache_dtype
 
-    def reader(self, cache: SingleHeadCache, scale: float = 1.0) -> PageReader | None:
-        """What reads keys back from ``cache``, as ``[n, D, P]``; None where that cannot be done.
-
-        Args:
-            cache: The layer's pages.
-            scale: Of quantised keys.
-        """
+    def reader(self, cache: SingleHeadCache) -> PageReader | None:
+        """What reads keys back from ``cache``, as ``[n, D, P]``; None where that cannot be done."""
         packing, (_, _, page, dim) = self._packing(cache), cache.keys.shape
         pages = numbers_of(cache.pages, self.kv_cache_dtype)
-        return packing and PageReader(pages, packing.keys, (dim, page), "keys", scale)
+        return packing and PageReader(pages, packing.keys, (dim, page), "keys", cache.scales[0])
 
-    def value_reader(self, cache: SingleHeadCache, scale: float = 1.0) -> PageReader | None:
+    def value_reader(self, cache: SingleHeadCache) -> PageReader | None:
         """What reads values, as ``[n, P, D]``; None where that cannot be done."""
         packing, (_, _, page, dim) = self._packing(cache), cache.values.shape
         pages = numbers_of(cache.pages, self.kv_cache_dtype)
-        return packing and PageReader(pages, packing.values, (page, dim), "values", scale)
+        return packing and PageReader(pages, packing.values, (page, dim), "values", cache.scales[1])
 
     def _packing(self, cache: SingleHeadCache) -> Packing | None:
         page, dim = cache.keys.shape[2:]
