@@ -114,6 +114,7 @@ def command(progress: Progress, out: Console, numbers: Callable[[str], list[int]
             words,
             page,
             chunk,
+            eager,
             selector,
             "" if remote else processor(),
             0 if remote else num_threads(),
@@ -133,9 +134,7 @@ def command(progress: Progress, out: Console, numbers: Callable[[str], list[int]
         job = Job(settings, setups, names, sorted(numbers(contexts)), examples)
         records = Records(answers, settings)
         with progress() as say:
-            answering: Model = (
-                Endpoint(settings, timeout, key) if remote else LocalModel(settings, eager)
-            )
+            answering: Model = Endpoint(settings, timeout, key) if remote else LocalModel(settings)
             run(job, answering, records, say)
         asked = set(job.questions())
         given = [answer for answer in records.answers.values() if answer.question in asked]

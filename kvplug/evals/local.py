@@ -20,14 +20,13 @@ class LocalModel:
 
     Args:
         settings: Of the run.
-        eager: Without vLLM's compiler.
     """
 
-    def __init__(self, settings: Settings, eager: bool) -> None:
+    def __init__(self, settings: Settings) -> None:
         """Loads the tokenizer."""
         from transformers import AutoTokenizer
 
-        self.settings, self.eager = settings, eager
+        self.settings = settings
         tokenizer = AutoTokenizer.from_pretrained(model_path(settings.model))
         self.prompts = Prompts(settings, lambda text: len(tokenizer(text)["input_ids"]))
 
@@ -62,7 +61,8 @@ class LocalModel:
         longest = max(question.context for _, question in asked)
         job = EngineJob(
             setups[0].policy, self.settings.model, [longest], [1], 1, self.settings.page,
-            self.settings.chunk, max(most for *_, most in questions), self.eager, 0, options,
+            self.settings.chunk, max(most for *_, most in questions), self.settings.eager, 0,
+            options,
         )  # fmt: skip
         request = Request(job, budgets, questions, self.settings.selector)
         for _, (_, number, reply) in results("kvplug.evals.engine", job, request.to_json()):

@@ -73,6 +73,8 @@ class Settings:
     """Keys and values in words only; see :mod:`kvplug.evals.wording`."""
     page: int
     chunk: int
+    eager: bool
+    """Without vLLM's compiler."""
     selector: bool
     """Selections are measured, and so times say nothing."""
     processor: str

@@ -105,6 +105,7 @@ def settings(server: Server) -> Settings:
         32,
         4096,
         False,
+        False,
         "a processor",
         2,
         {},

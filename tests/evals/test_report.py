@@ -43,7 +43,9 @@ def test_the_page_is_self_contained(records: Records) -> None:
 
 
 def test_names_are_escaped() -> None:
-    text = page(Settings("<script>x", "prose", True, 32, 4096, False, "a processor", 2, {}), [], [])
+    text = page(
+        Settings("<script>x", "prose", True, 32, 4096, False, False, "a processor", 2, {}), [], []
+    )
     assert "<script>x" not in text
     assert "&lt;script&gt;x" in text
 
@@ -105,7 +107,7 @@ def test_bad_input_is_one_sentence(arguments: list[str], message: str) -> None:
 
 
 def test_fail_under_and_json(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kvplug.evals.local.LocalModel", lambda settings, eager: Solver())
+    monkeypatch.setattr("kvplug.evals.local.LocalModel", lambda settings: Solver())
     arguments = ["eval", "recall", "--tasks", "niah_multiquery", "--contexts", "600",
                  "--examples", "2", "--budgets", "256", "--json"]  # fmt: skip
     passed = CliRunner().invoke(app, arguments)

@@ -17,7 +17,9 @@ from kvplug.evals.run import run, setups_of
 from kvplug.evals.summary import ALL, first_difference, summarise
 from tests.evals.solvers import SOLVERS
 
-SETTINGS = Settings("recall", "prose", True, 32, 4096, False, "a processor", 2, {"vllm": "0.32.0"})
+SETTINGS = Settings(
+    "recall", "prose", True, 32, 4096, False, False, "a processor", 2, {"vllm": "0.32.0"}
+)
 SETUPS = setups_of(["simhash"], [256, 512], {})
 JOB = Job(SETTINGS, SETUPS, ["passkey", "niah_multiquery"], [600, 900], 3)
 
