@@ -3,6 +3,7 @@
 #   make setup   create .venv and install kvplug, vLLM and the tools (GPU or CPU build, found by itself)
 #   make demo    the demonstration            make test    all tests
 #   make bench   dense against kvplug         make check   ruff and mypy
+#   make quality docs/quality.md anew, reduced (quality-full: all of it), beside kvpress (make peers)
 #   make clean   remove what builds and runs leave behind; the environment stays
 
 SHELL := /bin/bash
@@ -14,7 +15,7 @@ STAMP := .venv/.kvplug-setup
 export HF_HUB_OFFLINE ?= 1
 export VLLM_CPU_NUM_OF_RESERVED_CPU ?= 0
 
-.PHONY: setup demo test check bench clean
+.PHONY: setup demo test check bench peers quality quality-full clean
 
 setup: $(STAMP)
 
@@ -27,6 +28,14 @@ demo: setup
 
 bench: setup
 	.venv/bin/kvplug bench
+
+PEERS := .venv-peers/.kvplug-peers
+
+peers: $(PEERS)
+
+$(PEERS): tools/setup_peers.sh | setup
+	tools/setup_peers.sh
+	@touch $@
 
 # ARGS passes options on: make test ARGS='-k layout -x'. One test process a core; a file's tests share one.
 test: setup

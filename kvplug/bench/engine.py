@@ -26,6 +26,10 @@ def model_path(name: str) -> str:
         from kvplug.models.random_llama import random_llama_path
 
         return str(random_llama_path())
+    if name == "trained":
+        from kvplug.models.trained_llama import trained_llama_path
+
+        return str(trained_llama_path())
     return name
 
 

@@ -18,8 +18,7 @@ from rich.table import Table
 from kvplug.errors import KvplugError
 
 if TYPE_CHECKING:
-    from kvplug.evals.plan import Settings
-    from kvplug.evals.run import Model
+    from kvplug.evals.lab import Result
     from kvplug.evals.summary import Row
 
 RECALL_TASKS = (
@@ -39,8 +38,13 @@ def command(progress: Progress, out: Console, numbers: Callable[[str], list[int]
     """
 
     def evaluate(
-        model: Annotated[
-            str, typer.Argument(help="A checkpoint, 'recall', or the URL of an OpenAI endpoint.")
+        models: Annotated[
+            list[str],
+            typer.Argument(
+                metavar="MODEL...",
+                help="A checkpoint, 'recall', 'trained', 'bundled' for both, or the URL of an "
+                "OpenAI endpoint; several go one after the other.",
+            ),
         ],
         tasks: Annotated[
             str,
@@ -59,6 +63,13 @@ def command(progress: Progress, out: Console, numbers: Callable[[str], list[int]
             list[str] | None,
             typer.Option(help="A setup of your own, LABEL=OPTIONS, kvplug's options as JSON."),
         ] = None,
+        peers: Annotated[
+            str,
+            typer.Option(
+                help="Methods of kvpress to compare with, with commas: snapkv, tova, "
+                "expected_attention, knorm."
+            ),
+        ] = "",
         budgets: Annotated[
             str, typer.Option(help="Far tokens per window and KV head, with commas.")
         ] = "512,1024",
@@ -97,54 +108,30 @@ def command(progress: Progress, out: Console, numbers: Callable[[str], list[int]
     ) -> None:
         """Long-context tasks over policies, budgets and lengths: what does retrieval cost?"""
         from kvplug.evals import report
-        from kvplug.evals.endpoint import Endpoint
         from kvplug.evals.files import add_file
-        from kvplug.evals.local import LocalModel
-        from kvplug.evals.plan import Job, Settings, Setup
-        from kvplug.evals.records import Records
-        from kvplug.evals.run import run, setups_of
-        from kvplug.evals.summary import summarise
-        from kvplug.machine import num_threads, processor, versions
+        from kvplug.evals.lab import Lab, answers_file, models_of
+        from kvplug.evals.peers import setups_of_peers
+        from kvplug.evals.run import setups_of
 
-        remote = model.startswith(("http://", "https://"))
-        words = plain if plain is not None else model == "recall"
-        settings = Settings(
-            model,
-            haystack,
-            words,
-            page,
-            chunk,
-            eager,
-            selector,
-            "" if remote else processor(),
-            0 if remote else num_threads(),
-            {} if remote else versions(),
-        )
-        setups = (
-            [Setup(label, label)]
-            if remote
-            else setups_of(policies.split(","), numbers(budgets), own_setups(setup or []))
-        )
-        if selector:
-            setups = [setup for setup in setups if setup.budget is not None]
-        if not setups:
-            raise KvplugError("--selector measures recipes on a checkpoint; none is named.")
         names = chosen_tasks(tasks) if tasks else []
         names += [add_file(path) for path in file or ()]
-        job = Job(settings, setups, names, sorted(numbers(contexts)), examples)
-        records = Records(answers, settings)
+        setups = setups_of(policies.split(","), numbers(budgets), own_setups(setup or []))
+        setups += setups_of_peers([name for name in peers.split(",") if name], numbers(budgets))
+        lab = Lab(
+            setups, names, sorted(numbers(contexts)), examples, haystack, plain, page, chunk,
+            eager, selector, label, timeout, key,
+        )  # fmt: skip
+        chosen = models_of(models)
         with progress() as say:
-            answering: Model = Endpoint(settings, timeout, key) if remote else LocalModel(settings)
-            run(job, answering, records, say)
-        asked = set(job.questions())
-        given = [answer for answer in records.answers.values() if answer.question in asked]
-        rows = summarise(given, setups, page)
+            results = [
+                lab.run(model, answers_file(answers, model, chosen), say) for model in chosen
+            ]
         if html is not None:
-            save(html, report.page(settings, rows, given))
+            save(html, report.page(results))
         if write is not None:
-            save(write, report.document(settings, rows, shlex.join(["kvplug", *sys.argv[1:]])))
-        show(out, settings, rows, as_json)
-        worst = lowest(rows)
+            write_document(write, results)
+        show(out, results, as_json)
+        worst = lowest([row for result in results for row in result.rows])
         if worst is not None and worst < fail_under:
             raise typer.Exit(1)
 
@@ -193,16 +180,38 @@ def save(path: Path, text: str) -> None:
     path.write_text(text)
 
 
-def show(out: Console, settings: Settings, rows: list[Row], as_json: bool) -> None:
-    """Prints a table, or JSON."""
+def write_document(path: Path, results: list[Result]) -> None:
+    """Writes the Markdown page, and its plots into a folder beside it."""
+    from kvplug.evals import plots, report
+    from kvplug.evals.lab import file_name
+
+    pictures: dict[str, list[str]] = {}
+    for result in results:
+        if result.settings.selector:
+            continue
+        for name, draw in (("budget", plots.by_budget), ("pareto", plots.pareto)):
+            picture = Path(path.stem) / f"{file_name(result.settings.model)}-{name}.svg"
+            save(path.parent / picture, draw(result.rows))
+            pictures.setdefault(result.settings.model, []).append(picture.as_posix())
+    save(path, report.document(results, pictures, shlex.join(["kvplug", *sys.argv[1:]])))
+
+
+def show(out: Console, results: list[Result], as_json: bool) -> None:
+    """Prints tables, or JSON."""
     from kvplug.evals import report
 
     if as_json:
-        print(json.dumps([asdict(row) for row in rows]))
+        rows = [
+            {"model": result.settings.model, **asdict(row)}
+            for result in results
+            for row in result.rows
+        ]
+        print(json.dumps(rows))
         return
-    table = Table(title=f"kvplug eval {settings.model}")
-    for column in report.columns(settings):
-        table.add_column(column)
-    for row in rows:
-        table.add_row(*report.cells(row))
-    out.print(table)
+    for result in results:
+        table = Table(title=f"kvplug eval {result.settings.model}")
+        for column in report.columns(result.settings):
+            table.add_column(column)
+        for row in result.rows:
+            table.add_row(*report.cells(row))
+        out.print(table)

@@ -1,4 +1,4 @@
-"""Answers of models on this machine: stock vLLM and kvplug's recipes, an engine each."""
+"""Answers of models on this machine: stock vLLM, kvplug's recipes and peers, an engine each."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from kvplug.bench.child import results
 from kvplug.bench.engine import model_path
 from kvplug.bench.job import Job as EngineJob
 from kvplug.evals.engine import Request
+from kvplug.evals.peers import peer_replies, peers_python
 from kvplug.evals.plan import STOCK, Question, Settings, Setup
 from kvplug.evals.prompts import Prompts, Reply
 from kvplug.evals.tasks import TASKS
@@ -31,13 +32,15 @@ class LocalModel:
         self.prompts = Prompts(settings, lambda text: len(tokenizer(text)["input_ids"]))
 
     def check(self, setups: list[Setup]) -> None:
-        """Refuses recipes and options that would not start.
+        """Refuses recipes and options that would not start, and peers that are not installed.
 
         Raises:
             KvplugError: The first thing that is wrong.
         """
+        if any(setup.is_peer for setup in setups):
+            peers_python()
         for setup in setups:
-            if setup.policy != STOCK:
+            if setup.policy != STOCK and not setup.is_peer:
                 config = check({"policy": setup.policy, "budget": setup.budget, **setup.options})
                 config.check_page(self.settings.page)
 
@@ -49,6 +52,9 @@ class LocalModel:
         Raises:
             KvplugError: The engine failed.
         """
+        if setups[0].is_peer:
+            yield from peer_replies(self.settings, self.prompts, asked)
+            return
         questions = [
             (setups.index(setup), number, self.prompts.of(question).example.prompt,
              TASKS.get(question.task).max_tokens)
@@ -73,6 +79,6 @@ def groups(setups: list[Setup]) -> list[list[Setup]]:
     """Setups that one engine can serve together."""
     found: dict[str, list[Setup]] = {}
     for setup in setups:
-        key = json.dumps([setup.policy, setup.options], sort_keys=True)
+        key = json.dumps([setup.is_peer, setup.policy, setup.options], sort_keys=True)
         found.setdefault(key, []).append(setup)
     return list(found.values())

@@ -31,6 +31,8 @@ class Setup:
     """Far tokens per window and KV head; None for STOCK and endpoints."""
     options: dict[str, Any] = field(default_factory=dict)
     """Other options of kvplug's."""
+    is_peer: bool = False
+    """``policy`` is a method of kvpress's instead, which prunes the cache."""
 
 
 @dataclass(frozen=True)

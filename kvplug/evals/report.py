@@ -1,9 +1,9 @@
-"""The lab's page: one self-contained HTML file, and its tables as Markdown."""
+"""The lab's page: one self-contained HTML file, and the same as Markdown."""
 
 from __future__ import annotations
 
 import html
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from statistics import fmean
 from typing import TYPE_CHECKING
 
@@ -15,6 +15,8 @@ from kvplug.evals.summary import ALL, Row
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
+
+    from kvplug.evals.lab import Result
 
 BINS = 10
 """Of depth, in heat maps."""
@@ -74,40 +76,78 @@ def markdown(settings: Settings, rows: Iterable[Row]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
-def document(settings: Settings, rows: list[Row], made_by: str) -> str:
-    """A Markdown page: what was asked, all tasks together, then every task."""
+def document(results: list[Result], pictures: Mapping[str, list[str]], made_by: str) -> str:
+    """A Markdown page: per model what was asked, plots, all tasks together, then every task.
+
+    Args:
+        results: Of each model.
+        pictures: Model -> paths of its plots.
+        made_by: The command.
+    """
+    minutes = sum(result.seconds for result in results) / 60
+    head = (
+        f"# What retrieval costs in answers\n\n"
+        f"Made by `{made_by}` in {minutes:.0f} minutes. Every setup answers the same prompts, one "
+        f"at a time. Intervals are 95%, by the bootstrap over examples; *of dense* is accuracy "
+        f"over stock vLLM's on the same examples; *attended* is the share of the context that a "
+        f"query of the answer attends to (a method of kvpress's keeps as many); speed-ups are "
+        f"medians over examples, against stock vLLM.\n"
+    )
+    return head + "".join(
+        _section(result, pictures.get(result.settings.model, [])) for result in results
+    )
+
+
+def _section(result: Result, pictures: list[str]) -> str:
+    """One model, as Markdown."""
+    settings, rows = result.settings, result.rows
     versions = ", ".join(f"{name} {version}" for name, version in settings.versions.items())
     numbers = "words for numbers and UUIDs" if settings.plain else "keys and values as defined"
-    together = [row for row in rows if row.task == ALL]
+    images = "".join(f"![{settings.model}]({path})\n" for path in pictures)
     return (
-        f"# What retrieval costs in answers: {settings.model}\n\n"
-        f"Made by `{made_by}`: {settings.processor}, {settings.threads} threads, {versions}; pages "
-        f"of {settings.page}, {settings.chunk:,} prompt tokens a step, haystack "
-        f"{settings.haystack}, {numbers}. Every setup answers the same prompts, one at a time. "
-        f"Intervals are 95%, by the bootstrap over examples; *of dense* is accuracy over stock "
-        f"vLLM's on the same examples; *attended* is the share of the context that a query of the "
-        f"answer attends to; speed-ups are medians over examples.\n\n"
-        f"## All tasks together\n\n{markdown(settings, together)}\n"
-        f"## Task by task\n\n"
+        f"\n## {settings.model}\n\n"
+        f"{settings.processor}, {settings.threads} threads, {versions}; pages of {settings.page}, "
+        f"{settings.chunk:,} prompt tokens a step, haystack {settings.haystack}, {numbers}.\n\n"
+        f"{images}\n"
+        f"### All tasks together\n\n"
+        f"{markdown(settings, [row for row in rows if row.task == ALL])}\n"
+        f"### Task by task\n\n"
         f"{markdown(settings, [row for row in rows if row.task != ALL])}"
     )
 
 
-def page(settings: Settings, rows: list[Row], answers: list[Answer]) -> str:
+def page(results: list[Result]) -> str:
     """The HTML page.
 
     Raises:
         KvplugError: plotly is not installed.
     """
     try:
-        import plotly.io
+        import plotly.offline
     except ImportError:
         raise KvplugError("The lab's page needs plotly: pip install 'kvplug[eval]'.") from None
-    by_depth = [by_budget(rows), pareto(rows), *heat_maps(answers)]
-    figures = layer_maps(answers) if settings.selector else by_depth
+    title = f"kvplug eval: {html.escape(', '.join(r.settings.model for r in results))}"
+    return (
+        f"<!doctype html><html lang=en><meta charset=utf-8><title>{title}</title>"
+        f"<style>{STYLE}</style><script>{plotly.offline.get_plotlyjs()}</script><h1>{title}</h1>"
+        f"<p>Paired questions; intervals are 95%, by the bootstrap over examples. Speed-ups are "
+        f"medians over examples, one request at a time.</p>"
+        f"{''.join(map(_html_section, results))}</html>"
+    )
+
+
+def _html_section(result: Result) -> str:
+    """One model, as HTML: plots, then all rows."""
+    import plotly.io
+
+    settings, rows, answers = result.settings, result.rows, result.answers
+    figures = (
+        layer_maps(answers)
+        if settings.selector
+        else [by_budget(rows), pareto(rows), *heat_maps(answers)]
+    )
     parts = [
-        plotly.io.to_html(figure, full_html=False, include_plotlyjs=number == 0)
-        for number, figure in enumerate(figures)
+        plotly.io.to_html(figure, full_html=False, include_plotlyjs=False) for figure in figures
     ]
     versions = ", ".join(f"{name} {version}" for name, version in settings.versions.items())
     head = "".join(f"<th>{column}</th>" for column in columns(settings))
@@ -115,13 +155,10 @@ def page(settings: Settings, rows: list[Row], answers: list[Answer]) -> str:
         "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells(row)) + "</tr>"
         for row in rows
     )
-    title = f"kvplug eval: {html.escape(settings.model)}"
     return (
-        f"<!doctype html><html lang=en><meta charset=utf-8><title>{title}</title>"
-        f"<style>{STYLE}</style><h1>{title}</h1><p>Paired questions; intervals are 95%, by the "
-        f"bootstrap over examples. Speed-ups are medians over examples, one request at a time. "
-        f"{html.escape(versions)}.</p>{''.join(parts)}<h2>All rows</h2>"
-        f"<table><tr>{head}</tr>{body}</table></html>"
+        f"<h2>{html.escape(settings.model)}</h2>"
+        f"<p>{html.escape(settings.processor)}, {settings.threads} threads, "
+        f"{html.escape(versions)}.</p>{''.join(parts)}<table><tr>{head}</tr>{body}</table>"
     )
 
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 import statistics
 from dataclasses import dataclass
 
-from kvplug.config import KvplugConfig
+from kvplug.evals.attended import attended_tokens
 from kvplug.evals.bootstrap import Interval, mean, ratio
 from kvplug.evals.plan import STOCK, Answer, Question, Setup
 from kvplug.evals.selector import Choice
-from kvplug.pipeline import region_sizes
 
 ALL = "all tasks"
 
@@ -28,7 +27,8 @@ class Row:
     attended: float
     """Share of the context that a query of the answer attends to."""
     ttft_ratio: float | None
-    """Median of dense seconds to the first token over the setup's, example by example."""
+    """Median of dense seconds to the first token over the setup's, example by example; None for a
+    peer, which has another engine."""
     decode_ratio: float | None
     """Median of decode speeds over dense's."""
     first_difference: float | None
@@ -74,12 +74,14 @@ def _row(
     pairs = [(a, base[a.question]) for a in answers if a.question in base]
     places = [first_difference(a.tokens, b.tokens) for a, b in pairs if a.tokens and b.tokens]
     differing = [place for place in places if place is not None]
+    prompt = round(statistics.fmean(answer.prompt_tokens for answer in answers))
+    timed = [] if setup.is_peer else pairs
     rates = [a.decode_tok_s / b.decode_tok_s for a, b in pairs if a.decode_tok_s and b.decode_tok_s]
     return Row(
         setup.label, task, context, len(answers), mean([a.score for a in answers]),
         ratio([a.score for a, _ in pairs], [b.score for _, b in pairs]) if pairs else None,
-        _attended(setup, page, answers),
-        statistics.median([b.ttft_s / a.ttft_s for a, b in pairs]) if pairs else None,
+        attended_tokens(setup, page, prompt) / prompt,
+        statistics.median([b.ttft_s / a.ttft_s for a, b in timed]) if timed else None,
         statistics.median(rates) if rates else None,
         statistics.median(differing) if differing else None,
         places.count(None) / len(places) if places else None, selection(answers),
@@ -92,16 +94,3 @@ def selection(answers: list[Answer]) -> Choice | None:
     if not heads:
         return None
     return Choice(*(statistics.fmean(column) for column in zip(*heads, strict=True)))
-
-
-def _attended(setup: Setup, page: int, answers: list[Answer]) -> float:
-    """Share of the context that a query of the answer attends to, for a prompt of mean length."""
-    if setup.budget is None:
-        return 1.0
-    options = {"policy": setup.policy, "budget": setup.budget, **setup.options}
-    geometry = region_sizes(KvplugConfig.parse(options), page)
-    prompt = round(statistics.fmean(answer.prompt_tokens for answer in answers))
-    if prompt <= geometry.dense_below:
-        return 1.0
-    pages = geometry.sink_pages + geometry.budget_pages
-    return min((pages * page + geometry.local) / prompt, 1.0)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import re
+from xml.etree import ElementTree
 
 import pytest
 from typer.testing import CliRunner
 
 from kvplug.cli import app
 from kvplug.errors import KvplugError
-from kvplug.evals.command import chosen_tasks, lowest, own_setups
+from kvplug.evals.command import chosen_tasks, lowest, own_setups, write_document
+from kvplug.evals.lab import Result
 from kvplug.evals.plan import Settings
 from kvplug.evals.records import Records
 from kvplug.evals.report import COLUMNS, cells, document, markdown, page
@@ -20,21 +22,22 @@ from kvplug.evals.tasks import TASKS
 from tests.evals.test_run import JOB, SETTINGS, SETUPS, Solver, quiet
 
 pytest.importorskip("plotly")
+pytest.importorskip("matplotlib")
 
 
 @pytest.fixture(scope="module")
-def records() -> Records:
+def result() -> Result:
     found = Records(None, SETTINGS)
     run(JOB, Solver(), found, quiet)
-    return found
+    answers = list(found.answers.values())
+    return Result(SETTINGS, summarise(answers, SETUPS, 32), answers, 150.0)
 
 
-def test_the_page_is_self_contained(records: Records) -> None:
-    answers = list(records.answers.values())
-    rows = summarise(answers, SETUPS, 32)
-    text = page(SETTINGS, rows, answers)
+def test_the_page_is_self_contained(result: Result) -> None:
+    text = page([result, result])
     assert not re.findall(r'<(?:script|link|img)[^>]+(?:src|href)="?http', text)
-    for row in rows:
+    assert text.count("plotly.js v") == 1
+    for row in result.rows:
         for cell in cells(row):
             assert cell in text
     for title in ("Accuracy against budget", "What a speed-up costs", "dense: accuracy by place",
@@ -43,30 +46,42 @@ def test_the_page_is_self_contained(records: Records) -> None:
 
 
 def test_names_are_escaped() -> None:
-    text = page(
-        Settings("<script>x", "prose", True, 32, 4096, False, False, "a processor", 2, {}), [], []
-    )
+    settings = Settings("<script>x", "prose", True, 32, 4096, False, False, "a processor", 2, {})
+    text = page([Result(settings, [], [], 0.0)])
     assert "<script>x" not in text
     assert "&lt;script&gt;x" in text
 
 
-def test_markdown_has_a_row_for_each(records: Records) -> None:
-    rows = summarise(list(records.answers.values()), SETUPS, 32)
-    lines = markdown(SETTINGS, rows).splitlines()
-    assert len(lines) == len(rows) + 2
+def test_markdown_has_a_row_for_each(result: Result) -> None:
+    lines = markdown(SETTINGS, result.rows).splitlines()
+    assert len(lines) == len(result.rows) + 2
     assert {line.count("|") for line in lines} == {len(COLUMNS) + 1}
 
 
-def test_the_document_says_how_it_was_made(records: Records) -> None:
-    rows = summarise(list(records.answers.values()), SETUPS, 32)
-    text = document(SETTINGS, rows, "kvplug eval recall")
-    for part in ("`kvplug eval recall`", "a processor, 2 threads", "vllm 0.32.0", "| passkey |"):
+def test_the_document_says_how_it_was_made(result: Result) -> None:
+    text = document([result, result], {"recall": ["a.svg"]}, "kvplug eval recall")
+    for part in ("`kvplug eval recall` in 5 minutes", "a processor, 2 threads", "vllm 0.32.0",
+                 "| passkey |", "(a.svg)"):  # fmt: skip
         assert part in text
-    assert text.count(f"| {ALL} |") == 6
+    assert text.count(f"| {ALL} |") == 12
 
 
-def test_the_lowest_share_decides(records: Records) -> None:
-    rows = summarise(list(records.answers.values()), SETUPS, 32)
+def test_plots_name_every_setup(result: Result, tmp_path_factory: pytest.TempPathFactory) -> None:
+    path = tmp_path_factory.mktemp("docs") / "quality.md"
+    write_document(path, [result])
+    text = path.read_text()
+    for name in ("quality/recall-budget.svg", "quality/recall-pareto.svg"):
+        assert f"({name})" in text
+        picture = (path.parent / name).read_text()
+        assert ElementTree.fromstring(picture).tag.endswith("svg")
+        assert "simhash" in picture
+    before = (path.parent / name).read_bytes()
+    write_document(path, [result])
+    assert (path.parent / name).read_bytes() == before
+
+
+def test_the_lowest_share_decides(result: Result) -> None:
+    rows = result.rows
     assert lowest(rows) == min(row.kept.value for row in rows if row.kept)
     assert lowest([row for row in rows if row.task != "niah_multiquery" and row.task != ALL]) == 1
     assert lowest([]) is None
@@ -92,6 +107,7 @@ def test_own_setups() -> None:
     [
         (["recall", "--tasks", "niah"], "Unknown task 'niah'"),
         (["recall", "--policies", "simhas"], "Unknown policy 'simhas'"),
+        (["recall", "--peers", "snapvk"], "There is no peer 'snapvk'"),
         (["recall", "--haystack", "no-such-folder"], "neither 'noise' nor"),
         (["recall", "--budgets", "0"], "positive whole numbers"),
         (["recall", "--setup", "mine", "--policies", "mine"], "LABEL=OPTIONS"),
@@ -107,7 +123,7 @@ def test_bad_input_is_one_sentence(arguments: list[str], message: str) -> None:
 
 
 def test_fail_under_and_json(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kvplug.evals.local.LocalModel", lambda settings: Solver())
+    monkeypatch.setattr("kvplug.evals.lab.LocalModel", lambda settings: Solver())
     arguments = ["eval", "recall", "--tasks", "niah_multiquery", "--contexts", "600",
                  "--examples", "2", "--budgets", "256", "--json"]  # fmt: skip
     passed = CliRunner().invoke(app, arguments)
