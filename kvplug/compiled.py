@@ -61,3 +61,20 @@ def warming_up() -> Iterator[None]:
 def compiled(**options: Any) -> Callable[[Callable[..., Any]], Compiled]:
     """Decorator that makes a :class:`Compiled`."""
     return lambda function: Compiled(function, **options)
+
+
+@contextmanager
+def same_threads() -> Iterator[None]:
+    """Makes numba use the threads that torch and vLLM's kernels use, no more and no fewer.
+
+    All three share one OpenMP runtime. Numba sets its size when it starts its threads, and vLLM's
+    kernel aborts if the size changes between planning and running.
+    """
+    import numba
+    import torch
+
+    threads = torch.get_num_threads()
+    numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
+    yield
+    # The worker has replaced torch.set_num_threads by a warning.
+    torch._C.set_num_threads(threads)

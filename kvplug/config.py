@@ -10,12 +10,30 @@ import json
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from kvplug.errors import KvplugError, nearest_name
 
 DENSE_LAYERS_FROM = 8
 """``dense_layers: "auto"`` keeps two layers dense in models with at least this many layers."""
+
+
+class OffloadConfig(BaseModel):
+    """Where pages live that are not hot. Sizes are GiB per worker."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    tier: Literal["host", "disk"] = Field(description="what holds the cache: host or disk")
+    hot_gib: float = Field(2.0, gt=0, description="GiB of pages that attention reads")
+    cold_gib: float = Field(64.0, gt=0, description="GiB of the paged cache")
+    path: str | None = Field(None, description="folder of the cache's file, for tier disk")
+
+    @model_validator(mode="after")
+    def _check_path(self) -> OffloadConfig:
+        if (self.tier == "disk") != (self.path is not None):
+            needs = "needs a path" if self.tier == "disk" else "takes no path"
+            raise ValueError(f"tier {self.tier!r} {needs}")
+        return self
 
 
 class KvplugConfig(BaseModel):
@@ -34,7 +52,9 @@ class KvplugConfig(BaseModel):
     )
     seed: int = Field(0, ge=0, lt=2**32, description="seed of the hash planes")
     options: dict[str, Any] = Field(default_factory=dict, description="the recipe's own options")
-    offload: None = Field(None, description="tiers below the device; not in this version")
+    offload: OffloadConfig | None = Field(
+        None, description="tier below the device, and the pool in front of it"
+    )
     audit: float = Field(0.0, ge=0.0, le=0.0, description="audited fraction; not in this version")
     trace: None = Field(None, description="trace file; not in this version")
 
@@ -99,7 +119,9 @@ def _first_problem(error: ValidationError, raw: Mapping[str, object]) -> str:
     problem = error.errors()[0]
     name = str(problem["loc"][0])
     field = KvplugConfig.model_fields[name]
-    if name in ("offload", "audit", "trace"):
+    if name == "offload":
+        return _offload_problem(problem)
+    if name in ("audit", "trace"):
         return f"kvplug option {name} is not available in this version; leave it out."
     if name == "dense_layers":
         return (
@@ -107,6 +129,23 @@ def _first_problem(error: ValidationError, raw: Mapping[str, object]) -> str:
         )
     message = problem["msg"][0].lower() + problem["msg"][1:]
     return f"kvplug option {name}={raw[name]!r} ({field.description}): {message}."
+
+
+def _offload_problem(problem: Mapping[str, Any]) -> str:
+    """One sentence for pydantic's complaint about ``offload``."""
+    inner = [str(part) for part in problem["loc"][1:]]
+    if problem["type"] == "model_type":
+        return "kvplug option offload must be a JSON object."
+    if not inner:
+        said = problem["msg"].removeprefix("Value error, ")
+        return f"kvplug option offload: {said[0].lower()}{said[1:]}."
+    name = inner[0]
+    if name not in OffloadConfig.model_fields:
+        known = nearest_name(name, OffloadConfig.model_fields)
+        return f"Unknown kvplug option offload.{name}: {known}."
+    description = OffloadConfig.model_fields[name].description
+    message = problem["msg"][0].lower() + problem["msg"][1:]
+    return f"kvplug option offload.{name} ({description}): {message}."
 
 
 def json_object(text: str, flag: str) -> dict[str, Any]:

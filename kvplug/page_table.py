@@ -9,7 +9,7 @@ only writes its selected pages.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -19,6 +19,19 @@ if TYPE_CHECKING:
     from kvplug.pages import PageGeometry
     from kvplug.step import Step
     from kvplug.workspace import Workspace
+
+
+class Rows(NamedTuple):
+    """Sequences for the kernel: rows of a page table, in order, every KV head of each window."""
+
+    pages: torch.Tensor
+    """``[S * Hk, width]`` int32."""
+    seq_lens: torch.Tensor
+    """``[S * Hk]`` int32 tokens attended by the last query of each row."""
+    query_start: torch.Tensor
+    """``[S + 1]`` int32 first query token of each window, then the total; the first is 0."""
+    is_decoding: bool
+    """Whether every window is a single token: decoded, replayed or a draft's."""
 
 
 class PageTable:
@@ -78,10 +91,23 @@ class PageTable:
                 self._host, self._seq_lens_host,
             )  # fmt: skip
 
-    @property
-    def is_decoding(self) -> bool:
-        """Whether every window is a single token: decoded, replayed or a draft's."""
-        return len(self.step.windows) == self.query_start[-1]
+    def rows(
+        self, first: int = 0, last: int | None = None, pages: torch.Tensor | None = None
+    ) -> Rows:
+        """The kernel's sequences for windows ``first`` to ``last``, the latter not included.
+
+        Args:
+            first: First window.
+            last: The one behind the last; None for all.
+            pages: ``[S * Hk, width]`` to read instead of the table.
+        """
+        starts = self.query_start[first : len(self.query_start) if last is None else last + 1]
+        mine = slice(first * self.num_kv_heads, (first + len(starts) - 1) * self.num_kv_heads)
+        starts = starts - starts[0] if first else starts
+        return Rows(
+            (self.table if pages is None else pages)[mine], self.seq_lens[mine], starts,
+            len(starts) - 1 == int(starts[-1]),
+        )  # fmt: skip
 
 
 @njit(cache=True)

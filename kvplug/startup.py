@@ -7,11 +7,10 @@ in each worker once the KV cache exists.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from kvplug.errors import KvplugError
+from kvplug.offload.setup import adopt_offload, make_pools
 from kvplug.selection import (
     DEFAULT_PAGE,
     is_selected,
@@ -52,6 +51,8 @@ def adopt(vllm_config: Any) -> None:
     _check_stages(stages, vllm_config)
     config.resolve_dense_layers(vllm_config.model_config.get_total_num_hidden_layers())
     cache.block_size = page
+    if config.offload is not None:
+        adopt_offload(vllm_config, config)
 
 
 def _check_model(model: Any) -> None:
@@ -176,7 +177,7 @@ def bind_layers(vllm_config: Any) -> None:
     from vllm.model_executor.models.utils import extract_layer_index
 
     from kvplug.attention.impl import KvplugImpl
-    from kvplug.compiled import warming_up
+    from kvplug.compiled import same_threads, warming_up
 
     config = options_of(vllm_config)
     model = vllm_config.model_config
@@ -197,10 +198,11 @@ def bind_layers(vllm_config: Any) -> None:
             f"Every layer of {model.model} has a sliding window, so there is nothing to retrieve."
         )
     shapes = _shapes(vllm_config, retrieving)
+    pools = make_pools(vllm_config, retrieving)
     for number, shape in shapes.items():
         layer = retrieving[number]
         scales = (layer._k_scale_float, layer._v_scale_float)
-        layer.impl.bind(layer.kv_cache, shape, scales)
+        layer.impl.bind(layer.kv_cache, shape, scales, pools.get(number))
     pipelines = {id(layer.impl.pipeline): number for number, layer in retrieving.items()}
     for number in pipelines.values():
         with same_threads(), warming_up():
@@ -242,23 +244,6 @@ def warm_up(impl: Any, shape: Any) -> None:
     cache = torch.zeros((pages, shape.num_kv_heads, shape.page, 2 * shape.head_dim))
     reader = impl.attend.reader(SingleHeadCache.of(cache.to(impl.cache.keys.dtype)))
     pipeline.warm_up(shape._replace(num_pages=pages), reader)
-
-
-@contextmanager
-def same_threads() -> Iterator[None]:
-    """Makes numba use the threads that torch and vLLM's kernels use, no more and no fewer.
-
-    All three share one OpenMP runtime. Numba sets its size when it starts its threads, and vLLM's
-    kernel aborts if the size changes between planning and running.
-    """
-    import numba
-    import torch
-
-    threads = torch.get_num_threads()
-    numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
-    yield
-    # The worker has replaced torch.set_num_threads by a warning.
-    torch._C.set_num_threads(threads)
 
 
 def first_kv_head(vllm_config: Any, num_kv_heads: int) -> int:

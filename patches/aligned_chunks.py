@@ -64,6 +64,9 @@ def _wrap_init(original: Callable[..., Any]) -> Callable[..., Any]:
             setattr(self.kv_cache_manager.coordinator, whole_hits.WINDOW, config.window)
             setattr(self.kv_cache_manager, whole_hits.MARGIN, margin)
             self.need_mamba_block_aligned_split = True
+            if config.offload is not None:
+                # Blocks of a broken disk would be computed, written and lost again.
+                self.recompute_kv_load_failures = False
 
     return __init__
 

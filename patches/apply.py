@@ -24,6 +24,7 @@ def all_patches() -> list[Patch]:
         aligned_chunks,
         bound_cache,
         checked_config,
+        cold_cache,
         cpu_backend,
         kernel_rebinding,
         model_output,
@@ -32,7 +33,7 @@ def all_patches() -> list[Patch]:
 
     files = (
         checked_config, cpu_backend, kernel_rebinding, aligned_chunks, whole_hits, bound_cache,
-        model_output,
+        model_output, cold_cache,
     )  # fmt: skip
     return [patch for file in files for patch in file.PATCHES]
 

@@ -106,7 +106,7 @@ def test_query_start(made: Made) -> None:
     step, table = made[3:5]
     assert table.query_start[0] == 0
     assert table.query_start.diff().tolist() == step.windows.num_tokens.tolist()
-    assert table.is_decoding == (step.windows.num_tokens == 1).all()
+    assert table.rows().is_decoding == (step.windows.num_tokens == 1).all()
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 4, 6), (5, 3, 4, 6), (7, 2, 32, 128)], ids=str)

@@ -160,7 +160,7 @@ def attend(shape: Shape, cache: Cache, plan: Plan) -> torch.Tensor:
     output = torch.full_like(cache.queries, torch.nan)
     assert plan.table is not None
     kernel(
-        cache.queries, output, SingleHeadCache.of(cache.packed), kernel.schedule(plan.table),
+        cache.queries, output, SingleHeadCache.of(cache.packed), kernel.schedule(plan.table.rows()),
         Workspace(), shape.dim**-0.5, 0.0, (1.0, 1.0),
     )  # fmt: skip
     return output

@@ -17,7 +17,10 @@ from kvplug.stage import LayerShape
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from kvplug.attention.attend.cpu import Call
     from kvplug.attention.metadata import KvplugMetadata
+    from kvplug.offload.hot_pool import HotPool, Turn
+    from kvplug.page_table import PageTable
     from kvplug.pipeline import Plan
 
 
@@ -45,6 +48,8 @@ class KvplugImpl(CPUAttentionBackendImpl):
         self.stages: LayerStages | None = None
         self.cache: SingleHeadCache | None = None
         self.coarse: CoarseMerge | None = None
+        self.hot: HotPool | None = None
+        """In front of a cold store; None where the cache itself is attended to."""
         self.is_dense = self.sliding_window != -1
         # For measurements: told the queries [T, H, D] and the plan once its pages are selected.
         self.observer: Callable[[torch.Tensor, Plan], None] | None = None
@@ -64,14 +69,16 @@ class KvplugImpl(CPUAttentionBackendImpl):
         return self.pipeline
 
     def bind(
-        self, kv_cache: torch.Tensor, shape: LayerShape, scales: tuple[float, float] = (1.0, 1.0)
-    ) -> None:
+        self, kv_cache: torch.Tensor, shape: LayerShape, scales: tuple[float, float] = (1.0, 1.0),
+        hot: HotPool | None = None,
+    ) -> None:  # fmt: skip
         """Takes the layer's cache and allocates what the layer remembers.
 
         Args:
             kv_cache: ``[pages, Hk, P, 2 * D]``.
             shape: The layer's geometry.
             scales: Of quantised keys and values.
+            hot: In front of the cache, where that is a cold store.
 
         Raises:
             KvplugError: The cache's layout is not one that pages can be viewed in, or read in
@@ -90,6 +97,33 @@ class KvplugImpl(CPUAttentionBackendImpl):
                 )
             means = self.stages.index.means
             self.coarse = CoarseMerge(reader, values, means, self.scale, self.logits_soft_cap)
+        if hot is not None:
+            self.hot, self.cache = hot, SingleHeadCache.of(hot.pages, scales)
+
+    def _attend(
+        self, query: torch.Tensor, output: torch.Tensor, table: PageTable, calls: list[Call],
+        scales: tuple[float, float],
+    ) -> None:  # fmt: skip
+        """Attends to the pages that the layer selected, in turns where they do not fit the pool."""
+        if self.attend is None or self.cache is None:
+            raise KvplugError("kvplug's attention layer was used before its cache was bound.")
+        workspace, scaling = self._pipeline.workspace, (self.scale, self.logits_soft_cap, scales)
+        if self._pipeline.stages.budget.varies:
+            calls = self.attend.schedule(table.rows())
+        if self.hot is None:
+            self.attend(query, output, self.cache, calls, workspace, *scaling)
+            return
+        for turn in self.hot.turns(table.table, table.seq_lens, workspace):
+            mine, part = self._turn(turn, table, calls)
+            self.attend(query[mine], output[mine], self.cache, part, workspace, *scaling)
+
+    def _turn(self, turn: Turn, table: PageTable, calls: list[Call]) -> tuple[slice, list[Call]]:
+        """The tokens of a turn, and the kernel calls over its slots."""
+        assert self.attend is not None
+        mine = slice(int(table.query_start[turn.first]), int(table.query_start[turn.last]))
+        if mine == slice(0, int(table.query_start[-1])):
+            return mine, self.attend.over(calls, turn.slots)
+        return mine, self.attend.schedule(table.rows(turn.first, turn.last, turn.slots))
 
     def forward(
         self,
@@ -105,6 +139,8 @@ class KvplugImpl(CPUAttentionBackendImpl):
     ) -> torch.Tensor:
         """Attends; see :meth:`CPUAttentionBackendImpl.forward` for shapes."""
         plan = None if attn_metadata is None or self.is_dense else attn_metadata.plan
+        if self.hot is not None and attn_metadata is not None:
+            self.hot.forget(attn_metadata.slot_mapping[: attn_metadata.num_actual_tokens])
         if plan is not None:
             assert attn_metadata is not None
             tokens = attn_metadata.num_actual_tokens
@@ -117,18 +153,11 @@ class KvplugImpl(CPUAttentionBackendImpl):
                 layer, query, key, value, kv_cache, attn_metadata, output, output_scale,
                 output_block_scale,
             )  # fmt: skip
-        if self.attend is None or self.cache is None:
-            raise KvplugError("kvplug's attention layer was used before its cache was bound.")
         assert attn_metadata is not None
         if self.observer is not None:
             self.observer(query[:tokens], plan)
-        calls = attn_metadata.calls
-        if self._pipeline.stages.budget.varies:
-            calls = self.attend.schedule(plan.table)
-        self.attend(
-            query[:tokens], output[:tokens], self.cache, calls, self._pipeline.workspace,
-            self.scale, self.logits_soft_cap, (layer._k_scale_float, layer._v_scale_float),
-        )  # fmt: skip
+        scales = (layer._k_scale_float, layer._v_scale_float)
+        self._attend(query[:tokens], output[:tokens], plan.table, attn_metadata.calls, scales)
         if self.coarse is not None:
             self.coarse(query[:tokens], output[:tokens], plan, self._pipeline.workspace)
         return output

@@ -98,5 +98,5 @@ class KvplugMetadataBuilder(CPUAttentionMetadataBuilder):
         plan = self.pipeline.plan(batch)
         metadata.plan, metadata.pipeline = plan, self.pipeline
         if plan is not None and plan.table is not None:
-            metadata.calls = self.attend.schedule(plan.table)
+            metadata.calls = self.attend.schedule(plan.table.rows())
         return metadata

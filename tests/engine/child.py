@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import asdict
 from typing import Any
 
 
@@ -89,6 +90,7 @@ def main() -> None:
             ]
         )
     context = llm.llm_engine.vllm_config.compilation_config.static_forward_context
+    pools = [hot for layer in context.values() if (hot := getattr(layer.impl, "hot", None))]
     backend = {type(layer.impl).__name__ for layer in context.values()}
     coarse = [getattr(layer.impl, "coarse", None) is not None for layer in context.values()]
     print(
@@ -99,6 +101,7 @@ def main() -> None:
                 "selections": recorder.selections,
                 "impls": sorted(backend),
                 "coarse": all(coarse),
+                "pools": [asdict(pool.counts) for pool in pools if pool.check_integrity()],
             }
         )
     )

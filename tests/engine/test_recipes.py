@@ -71,6 +71,21 @@ def test_same_request_same_answer(run, recall_model, prompts, case):
     assert all(other == windows[0] for other in windows[1:])
 
 
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+def test_offloaded_it_is_the_same(run, recall_model, prompts, case, tmp_path_factory):
+    """The cache on a disk, and a pool that holds one window's pages and a few more."""
+    plain = spec(recall_model, case, prompts, CHUNKS[1])
+    offload = {"tier": "disk", "hot_gib": 0.004, "cold_gib": 0.25}
+    folder = str(tmp_path_factory.mktemp("cold"))
+    options = {**plain["kvplug"], "offload": {**offload, "path": folder}}
+    there, here = run({**plain, "kvplug": options}), run(plain)
+    assert there["rounds"] == here["rounds"]
+    assert there["selections"] == here["selections"]
+    assert len(there["pools"]) == 2
+    assert all(pool["evictions"] > 0 and not pool["failed"] for pool in there["pools"])
+    assert sum(pool["bytes_written"] for pool in there["pools"]) > 0
+
+
 @pytest.mark.parametrize("case", CARRYING, ids=lambda case: case.id)
 def test_a_window_that_a_prompt_cut_short_is_not_shared(run, recall_model, prompts, case):
     """Its whole pages are the beginning of another prompt's whole window, but its state is not."""

@@ -14,7 +14,7 @@ from kvplug.page_reader import Packing, PageReader
 from kvplug.pages import single_head_view
 
 if TYPE_CHECKING:
-    from kvplug.page_table import PageTable
+    from kvplug.page_table import Rows
     from kvplug.workspace import Workspace
 
 
@@ -106,21 +106,32 @@ class CpuAttend:
         page, dim = cache.keys.shape[2:]
         return _packing_of(page, dim, self.dtype, cache.keys.dtype, self.isa, self.kv_cache_dtype)
 
-    def schedule(self, table: PageTable) -> list[Call]:
-        """The kernel calls for ``table``; they hold for every layer of the step.
+    def schedule(self, rows: Rows) -> list[Call]:
+        """The kernel calls for ``rows``; they hold for every layer of the step.
 
         Where windows have several tokens, a KV head's queries lie apart from each other, and the
         kernel takes one distance between tokens: then each head is a call. At decode they are
         sequences of one token each, in the order that queries lie in.
         """
         heads = self.num_kv_heads
-        if table.is_decoding or heads == 1:
-            starts = torch.arange(len(table.seq_lens) + 1, dtype=torch.int32)
-            start = starts if table.is_decoding else table.query_start
-            return [self._call(table.table, table.seq_lens, start)]
-        pages = table.table.unflatten(0, (-1, heads))
-        lengths = table.seq_lens.view(-1, heads).T.contiguous()
-        return [self._call(pages[:, h], lengths[h], table.query_start) for h in range(heads)]
+        if rows.is_decoding or heads == 1:
+            starts = torch.arange(len(rows.seq_lens) + 1, dtype=torch.int32)
+            start = starts if rows.is_decoding else rows.query_start
+            return [self._call(rows.pages, rows.seq_lens, start)]
+        lengths = rows.seq_lens.view(-1, heads).T.contiguous()
+        return [
+            self._call(pages, lengths[h], rows.query_start)
+            for h, pages in enumerate(self._by_head(rows.pages))
+        ]
+
+    def _by_head(self, pages: torch.Tensor) -> list[torch.Tensor]:
+        """``[S * Hk, width]`` as a table for each KV head."""
+        return list(pages.unflatten(0, (-1, self.num_kv_heads)).unbind(1))
+
+    def over(self, calls: list[Call], pages: torch.Tensor) -> list[Call]:
+        """The same calls over another table ``[S * Hk, width]``."""
+        tables = [pages] if len(calls) == 1 else self._by_head(pages)
+        return [call._replace(pages=table) for call, table in zip(calls, tables, strict=True)]
 
     def _call(self, pages: torch.Tensor, lengths: torch.Tensor, start: torch.Tensor) -> Call:
         split = ops.cpu_attn_get_scheduler_metadata(

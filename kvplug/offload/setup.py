@@ -1,0 +1,128 @@
+"""Offloading at start-up: checks before anything is loaded, then a pool for each layer."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+from kvplug.errors import KvplugError
+from kvplug.selection import options_of
+
+if TYPE_CHECKING:
+    from kvplug.config import KvplugConfig
+    from kvplug.offload.hot_pool import HotPool
+
+GIB = 2**30
+logger = logging.getLogger("vllm.kvplug")
+
+
+def adopt_offload(vllm_config: Any, config: KvplugConfig) -> None:
+    """Checks the tiers and gives vLLM's cache the cold store's size.
+
+    Raises:
+        KvplugError: A folder that cannot be used, too little room, or a pool too small.
+    """
+    from kvplug.offload.cold_store import check_folder
+    from kvplug.policies import make_stages
+
+    offload, cache = config.offload, vllm_config.cache_config
+    assert offload is not None
+    if make_stages(config.policy, config.options).always_dense:
+        raise KvplugError(
+            f"Policy {config.policy!r} attends to everything, so no part of its cache is cold: "
+            f"leave out offload, or choose another policy."
+        )
+    if offload.cold_gib < offload.hot_gib:
+        raise KvplugError(
+            f"kvplug option offload.cold_gib={offload.cold_gib:g} must be at least "
+            f"hot_gib={offload.hot_gib:g}: the cold store holds every page."
+        )
+    _check_pool(vllm_config, config)
+    nbytes = int(offload.cold_gib * GIB)
+    if offload.path is not None:
+        check_folder(offload.path, nbytes)
+    cache.kv_cache_memory_bytes = nbytes
+
+
+def _check_pool(vllm_config: Any, config: KvplugConfig) -> None:
+    """Refuses a hot pool that could not hold one window's pages.
+
+    Raises:
+        KvplugError: With the least size.
+    """
+    from vllm.utils.torch_utils import STR_DTYPE_TO_TORCH_DTYPE
+
+    model, cache = vllm_config.model_config, vllm_config.cache_config
+    assert config.offload is not None
+    kind = cache.cache_dtype
+    dtype = model.dtype if kind == "auto" else STR_DTYPE_TO_TORCH_DTYPE[kind]
+    layers = model.get_num_layers(vllm_config.parallel_config)
+    layers -= len(config.resolve_dense_layers(model.get_total_num_hidden_layers()))
+    heads = model.get_num_kv_heads(vllm_config.parallel_config)
+    page_bytes = 2 * cache.block_size * model.get_head_size() * dtype.itemsize
+    check_slots(config, cache.block_size, heads, max(layers, 1), page_bytes)
+
+
+def check_slots(
+    config: KvplugConfig, page: int, num_kv_heads: int, num_layers: int, page_bytes: int
+) -> int:
+    """Slots of each layer's pool.
+
+    Args:
+        config: The user's options.
+        page: Tokens per page.
+        num_kv_heads: On this worker.
+        num_layers: Layers that retrieve.
+        page_bytes: Of a page of one KV head.
+
+    Raises:
+        KvplugError: Fewer than one window needs.
+    """
+    from kvplug.offload.hot_pool import least_slots, slots_for
+    from kvplug.pipeline import region_sizes
+
+    assert config.offload is not None
+    slots = slots_for(config.offload.hot_gib, num_layers, page_bytes)
+    least = least_slots(region_sizes(config, page).max_pages_per_row(), num_kv_heads)
+    if slots < least:
+        needed = least * page_bytes * num_layers / GIB
+        raise KvplugError(
+            f"kvplug option offload.hot_gib={config.offload.hot_gib:g} is too small: one window's "
+            f"pages in {num_layers} layers take {needed:.4f} GiB."
+        )
+    return slots
+
+
+def make_pools(vllm_config: Any, layers: dict[int, Any]) -> dict[int, HotPool]:
+    """A pool for each retrieving layer, where the cache is in a cold store.
+
+    Raises:
+        KvplugError: ``hot_gib`` is too small.
+    """
+    from kvplug.compiled import same_threads, warming_up
+    from kvplug.offload.cold_store import store_of
+    from kvplug.offload.hot_pool import HotPool, warm_up
+
+    config = options_of(vllm_config)
+    if config.offload is None:
+        return {}
+    pools: dict[int, HotPool] = {}
+    for number, layer in layers.items():
+        store = store_of(layer.kv_cache)
+        if store is None:
+            raise KvplugError(
+                "kvplug is to offload, but vLLM put the cache elsewhere; refusing to serve."
+            )
+        if not pools:
+            with same_threads(), warming_up():
+                warm_up(layer.kv_cache, store)
+        pages, heads, page, width = layer.kv_cache.shape
+        size = page * width * layer.kv_cache.dtype.itemsize
+        slots = check_slots(config, page, heads, len(layers), size)
+        pools[number] = HotPool(layer.kv_cache, store, min(slots, pages * heads))
+    hot = sum(pool.nbytes() for pool in pools.values())
+    logger.info(
+        "kvplug offloads to %s: %.2f GiB of pages in %d layers, %.2f GiB of them hot.",
+        config.offload.path or "host memory", config.offload.cold_gib, len(layers), hot / GIB,
+    )  # fmt: skip
+    return pools

@@ -1,0 +1,151 @@
+"""Places vLLM's paged cache in the cold store, sizes it, and fails requests that lose pages."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from kvplug.errors import KvplugError
+from kvplug.patches.record import Patch
+from kvplug.selection import is_selected, options_of
+
+if TYPE_CHECKING:
+    from kvplug.config import OffloadConfig
+    from kvplug.offload.cold_store import ColdStore
+
+STORE = "kvplug_cold_store"
+"""Attribute of a model runner whose cache is in a cold store."""
+
+
+def offload_of(vllm_config: Any) -> OffloadConfig | None:
+    """Where an engine's pages live that are not hot; None without kvplug or without offloading."""
+    return options_of(vllm_config).offload if is_selected(vllm_config) else None
+
+
+class InStore(TorchFunctionMode):
+    """While it lasts, vLLM's one allocation of the cache comes from a store.
+
+    Args:
+        store: The store.
+    """
+
+    def __init__(self, store: ColdStore) -> None:
+        """Holds the store."""
+        super().__init__()
+        self.store = store
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Replaces zeros of bytes by the store's."""
+        kwargs = kwargs or {}
+        if func is torch.zeros and kwargs.get("dtype") == torch.int8:
+            return self.store.allocate(int(args[0]))
+        return func(*args, **kwargs)
+
+
+def _wrap_allocation(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def initialize_kv_cache_tensors(
+        self: Any,
+        kv_cache_config: Any,
+        kernel_block_sizes: Any,
+        kv_cache_allocation_context: Any = None,
+    ) -> Any:
+        offload = offload_of(self.vllm_config)
+        if offload is None:
+            return original(self, kv_cache_config, kernel_block_sizes, kv_cache_allocation_context)
+        from kvplug.offload.cold_store import ColdStore
+
+        store = ColdStore(offload, self.vllm_config.parallel_config.rank)
+        setattr(self, STORE, store)
+        return original(self, kv_cache_config, kernel_block_sizes, InStore(store))
+
+    return initialize_kv_cache_tensors
+
+
+def _wrap_memory(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def determine_available_memory(self: Any) -> int:
+        if offload_of(self.vllm_config) is None:
+            return int(original(self))
+        if self._should_warm_up_model():
+            self.model_runner.warming_up_model()
+        return int(self.cache_config.kv_cache_memory_bytes)
+
+    return determine_available_memory
+
+
+def _wrap_sampling(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def sample_tokens(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if hasattr(self, STORE):
+            pages = unreadable_pages(self)
+            if pages:
+                report(self, pages)
+        return original(self, *args, **kwargs)
+
+    return sample_tokens
+
+
+def unreadable_pages(runner: Any) -> set[int]:
+    """Pages that any layer of the step could not read."""
+    found: set[int] = set()
+    for layer in runner.compilation_config.static_forward_context.values():
+        hot = getattr(getattr(layer, "impl", None), "hot", None)
+        if hot is not None and hot.unreadable:
+            found |= hot.take_unreadable()
+    return found
+
+
+def report(runner: Any, pages: set[int]) -> None:
+    """Tells the scheduler which blocks are lost; it fails the requests that hold them.
+
+    Raises:
+        KvplugError: The scheduler does not hear this worker; the engine must end.
+    """
+    from vllm.v1.outputs import KVConnectorOutput
+
+    if runner.vllm_config.parallel_config.world_size > 1:
+        raise KvplugError(f"kvplug could not read {len(pages)} pages from the cold store.")
+    output = runner.kv_connector_output or KVConnectorOutput()
+    output.invalid_block_ids = output.invalid_block_ids | pages
+    runner.kv_connector_output = output
+
+
+_VLLM = ">=0.32,<0.33"
+
+PATCHES = [
+    Patch(
+        target="vllm.v1.worker.gpu_model_runner:GPUModelRunner.initialize_kv_cache_tensors",
+        vllm=_VLLM,
+        why="vLLM allocates the paged cache in memory; a plugin has no say in where.",
+        upstream="https://github.com/vllm-project/vllm/issues/42449",
+        remove_when="A plugin can give the context that the cache is allocated in.",
+        fingerprint="81dd948e771ce8a5",
+        wrap=_wrap_allocation,
+    ),
+    Patch(
+        target="vllm.v1.worker.cpu_worker:CPUWorker.determine_available_memory",
+        vllm=_VLLM,
+        why="vLLM refuses a cache that is larger than the memory that is free.",
+        upstream="https://github.com/vllm-project/vllm/issues/42449",
+        remove_when="A plugin can say how large the cache may be.",
+        fingerprint="6307aefccd79f744",
+        wrap=_wrap_memory,
+    ),
+    Patch(
+        target="vllm.v1.worker.gpu_model_runner:GPUModelRunner.sample_tokens",
+        vllm=_VLLM,
+        why="Pages that cannot be read back must fail their requests and no others; vLLM hears of "
+        "lost blocks from KV connectors only.",
+        upstream="https://github.com/vllm-project/vllm/issues/42449",
+        remove_when="An attention backend can report lost blocks.",
+        fingerprint="047e6a4738dead56",
+        wrap=_wrap_sampling,
+    ),
+]

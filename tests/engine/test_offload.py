@@ -1,0 +1,88 @@
+"""Random requests, aborts, preemptions, prefix hits and a failing disk: answers as in memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvplug.models.documents import needle_prompt
+from tests.engine.conftest import threads
+
+pytestmark = pytest.mark.engine
+CHILD = Path(__file__).with_name("offload_child.py")
+HOT = {"tier": "disk", "hot_gib": 0.005, "cold_gib": 0.25}
+BLOCKS = 170
+"""Of 32 tokens: two of the longest prompts do not fit."""
+
+
+@pytest.fixture(scope="module")
+def prompts(tokenizer: Any) -> list[list[int]]:
+    """Short and long ones; every second one begins like the one before it."""
+    found = []
+    for n, length in enumerate((300, 1300, 2200, 2600)):
+        first = needle_prompt(tokenizer, length, depth=0.3, seed=n).token_ids
+        other = needle_prompt(tokenizer, length, depth=0.6, seed=50 + n).token_ids
+        found += [first, first[: length // 2] + other[length // 2 :]]
+    return found
+
+
+def served(model: str, prompts: list[list[int]], **spec: Any) -> dict[str, Any]:
+    """A schedule's result."""
+    asked = {"model": model, "prompts": prompts, "blocks": BLOCKS, **spec}
+    done = subprocess.run(
+        [sys.executable, str(CHILD)], input=json.dumps(asked), capture_output=True, text=True,
+        timeout=600, check=False,
+        env={**os.environ, "OMP_NUM_THREADS": threads(), "NUMBA_NUM_THREADS": threads()},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    result: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return result
+
+
+@pytest.fixture(scope="module")
+def truth(recall_model: str, prompts: list[list[int]]) -> dict[str, list[int]]:
+    """Each prompt's answer, in memory."""
+    result = served(recall_model, prompts, offload=None, seed=1, steps=100, blocks=4000)
+    assert sorted(result["answers"], key=int) == [str(n) for n in range(len(prompts))]
+    for answers in result["answers"].values():
+        assert all(answer == answers[0] for answer in answers)
+    return {number: answers[0] for number, answers in result["answers"].items()}
+
+
+def offload(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return {**HOT, "path": str(tmp_path_factory.mktemp("cold"))}
+
+
+def test_a_random_schedule(recall_model, prompts, truth, tmp_path_factory):
+    result = served(
+        recall_model, prompts, offload=offload(tmp_path_factory), seed=2, steps=300
+    )  # fmt: skip
+    for number, answers in result["answers"].items():
+        assert all(answer == truth[number] for answer in answers)
+    assert result["aborted"] > 3
+    assert result["preempted"] > 3
+    assert result["hits"] > 3
+    assert not result["failed"]
+    assert result["free"] == BLOCKS - 1, "a block was leaked (one is vLLM's own)"
+    assert all(pool["evictions"] > 100 for pool in result["pools"])
+
+
+def test_a_failing_disk_fails_those_who_need_it(recall_model, prompts, truth, tmp_path_factory):
+    result = served(
+        recall_model, prompts, offload=offload(tmp_path_factory), seed=3, steps=160, fault=60
+    )  # fmt: skip
+    assert 1 <= len(result["failed"]) <= 6
+    assert sum(pool["failed"] for pool in result["pools"]) > 0
+    for number, answers in result["answers"].items():
+        assert all(answer == truth[number] for answer in answers)
+    short = sum(len(result["answers"].get(str(n), [])) for n in (0, 1))
+    assert short > 0
+    served_later = sum(map(len, result["answers"].values()))
+    assert served_later > len(result["failed"])
+    assert result["free"] == BLOCKS - 1

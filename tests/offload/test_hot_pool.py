@@ -1,0 +1,206 @@
+"""Whatever is written and asked for, in any order, slots hold what the cold store holds."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvplug.config import OffloadConfig
+from kvplug.errors import KvplugError
+from kvplug.offload.cold_store import ColdStore
+from kvplug.offload.hot_pool import HotPool, slots_for
+from kvplug.offload.lru import Slots, place_rows
+from kvplug.workspace import Workspace
+
+PAGES, HEADS, PAGE, DIM = 40, 2, 32, 8
+WIDTH = 6
+LEAST = WIDTH * HEADS
+SHAPE = (PAGES, HEADS, PAGE, 2 * DIM)
+NBYTES = PAGES * HEADS * PAGE * 2 * DIM * 2
+
+
+def made_store(tier: str, folder: Path) -> tuple[ColdStore, torch.Tensor]:
+    """A store of two layers, and the second one's cache."""
+    path = str(folder) if tier == "disk" else None
+    store = ColdStore(OffloadConfig.model_validate({"tier": tier, "path": path}), 0)
+    both = store.allocate(2 * NBYTES).view(torch.bfloat16).view(2, *SHAPE)
+    return store, both[1]
+
+
+@pytest.fixture(params=["host", "disk"])
+def stored(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[ColdStore, torch.Tensor]:
+    return made_store(request.param, tmp_path_factory.mktemp("cold"))
+
+
+class Engine:
+    """Writes pages and attends to rows at random, as an engine does, and checks every slot.
+
+    Args:
+        stored: A store and a layer's cache in it.
+        slots: Of the pool.
+        seed: Of everything.
+    """
+
+    def __init__(self, stored: tuple[ColdStore, torch.Tensor], slots: int, seed: int) -> None:
+        self.store, self.cache = stored
+        self.pool = HotPool(self.cache, self.store, slots)
+        self.draw = np.random.default_rng(seed)
+        self.workspace = Workspace()
+        self.truth = self.cache.clone()
+
+    def write(self, pages: list[int]) -> None:
+        """Some tokens of some pages get new keys, and the pool is told."""
+        slots = []
+        for page in pages:
+            first, count = int(self.draw.integers(0, PAGE)), int(self.draw.integers(1, PAGE + 1))
+            tokens = range(first, min(first + count, PAGE))
+            content = torch.from_numpy(self.draw.standard_normal((HEADS, len(tokens), 2 * DIM)))
+            self.cache[page, :, tokens.start : tokens.stop] = content.to(self.cache.dtype)
+            self.truth[page, :, tokens.start : tokens.stop] = content.to(self.cache.dtype)
+            slots += [page * PAGE + token for token in tokens]
+        self.pool.forget(torch.tensor([*slots, -1]))
+
+    def attend(self, windows: list[list[int]]) -> int:
+        """Rows of pages for every window and head; each head sees them in an order of its own."""
+        table = torch.zeros((len(windows) * HEADS, WIDTH), dtype=torch.int32)
+        lengths = torch.zeros(len(table), dtype=torch.int32)
+        for w, pages in enumerate(windows):
+            for head in range(HEADS):
+                row = torch.tensor(pages)[torch.from_numpy(self.draw.permutation(len(pages)))]
+                table[w * HEADS + head, : len(pages)] = row * HEADS + head
+                lengths[w * HEADS + head] = len(pages) * PAGE - int(self.draw.integers(0, PAGE))
+        turns, done = 0, 0
+        for turn in self.pool.turns(table, lengths, self.workspace):
+            assert turn.first == done
+            done, turns = turn.last, turns + 1
+            self.check(table, lengths, turn.slots, range(turn.first * HEADS, done * HEADS))
+        assert done == len(windows)
+        return turns
+
+    def check(
+        self, table: torch.Tensor, lengths: torch.Tensor, slots: torch.Tensor, rows: range
+    ) -> None:
+        """Every slot of the turn holds its page."""
+        truth = self.truth.flatten(0, 1)
+        for row in rows:
+            count = -(-int(lengths[row]) // PAGE)
+            held = self.pool.pages[slots[row, :count].long(), 0]
+            assert torch.equal(held, truth[table[row, :count].long()])
+
+    def step(self) -> None:
+        """One random step."""
+        self.write(self.draw.choice(PAGES, int(self.draw.integers(0, 4)), replace=False).tolist())
+        windows = [
+            self.draw.choice(PAGES, int(self.draw.integers(1, WIDTH + 1)), replace=False).tolist()
+            for _ in range(int(self.draw.integers(1, 4)))
+        ]
+        self.attend(windows)
+        assert self.pool.check_integrity()
+
+
+@pytest.mark.parametrize("slots", [LEAST, LEAST + 1, 3 * LEAST, PAGES * HEADS])
+def test_ten_thousand_random_steps(stored: tuple[ColdStore, torch.Tensor], slots: int) -> None:
+    engine = Engine(stored, slots, seed=slots)
+    for _ in range(1250):
+        engine.step()
+    counts = engine.pool.counts
+    assert counts.misses * PAGE * 2 * DIM * 2 == counts.bytes_read
+    assert counts.failed == 0
+    assert (counts.evictions > 0) == (slots < PAGES * HEADS)
+
+
+def test_what_was_used_last_stays(stored: tuple[ColdStore, torch.Tensor]) -> None:
+    engine = Engine(stored, LEAST, seed=1)
+    engine.attend([[0, 1, 2, 3, 4, 5]])
+    engine.attend([[0, 1]])
+    before = engine.pool.counts.misses
+    engine.attend([[6, 7, 8, 9]])  # 2, 3, 4 and 5 give way
+    engine.attend([[0, 1]])
+    assert engine.pool.counts.misses == before + 4 * HEADS
+    engine.attend([[2]])
+    assert engine.pool.counts.misses == before + 5 * HEADS
+
+
+def test_windows_that_do_not_fit_together_take_turns(
+    stored: tuple[ColdStore, torch.Tensor],
+) -> None:
+    engine = Engine(stored, LEAST, seed=2)
+    apart = [[0, 1, 2, 3, 4, 5], [6, 7, 8, 9, 10, 11], [12, 13]]
+    assert engine.attend(apart) == 3
+    assert engine.attend([[0, 1, 2], [2, 1, 0], [3, 4, 5]]) == 1, "they share pages"
+
+
+def test_a_pool_that_is_too_small_is_a_bug(stored: tuple[ColdStore, torch.Tensor]) -> None:
+    engine = Engine(stored, LEAST - 1, seed=3)
+    with pytest.raises(AssertionError, match="smaller than one window"):
+        engine.attend([[0, 1, 2, 3, 4, 5]])
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.lists(st.lists(st.integers(0, 19), min_size=1, max_size=5), min_size=1, max_size=30),
+    slots=st.integers(5, 12),
+)
+def test_slots_follow_a_plain_list(rows: list[list[int]], slots: int) -> None:
+    """The ring against Python's own list: same hits, same evictions, newest first."""
+    state, order = Slots.empty(20, slots), list[int]()
+    entries, into = np.empty(slots, np.int32), np.empty(slots, np.int32)
+    for number, row in enumerate(rows):
+        table, out = np.array([row], np.int32), np.zeros((1, len(row)), np.int32)
+        lengths = np.array([len(row) * PAGE], np.int32)
+        last, missing, pinned, evicted = place_rows(
+            state, table, lengths, PAGE, 0, 1, number, out, entries, into
+        )
+        fresh = list(dict.fromkeys(row))
+        assert (last, pinned) == (1, len(fresh))
+        assert missing == sum(entry not in order for entry in fresh)
+        kept = [entry for entry in order if entry not in fresh]
+        gone = max(len(kept) + len(fresh) - slots, 0)
+        order = kept[gone:] + fresh
+        assert evicted == gone
+        assert set(state.entry_in[state.entry_in >= 0]) == set(order)
+        assert [state.entry_in[slot] for slot in out[0]] == row
+        state.check()
+
+
+def test_an_unreadable_page_is_told_and_not_kept(tmp_path_factory: pytest.TempPathFactory) -> None:
+    store, cache = made_store("disk", tmp_path_factory.mktemp("cold"))
+    engine = Engine((store, cache), 3 * LEAST, seed=4)
+    engine.write(list(range(PAGES)))
+    engine.write([])
+    assert store.fd is not None
+    # Ends in the middle of page 20's second head; memory still has what was mapped before.
+    size = engine.pool.pages[0].nbytes
+    os.ftruncate(store.fd, NBYTES + 20 * HEADS * size + size + size // 2)
+    table = torch.tensor([[19, 20, 21]] * HEADS, dtype=torch.int32) * HEADS
+    table += torch.arange(HEADS, dtype=torch.int32)[:, None]
+    for _ in engine.pool.turns(table, torch.full((HEADS,), 3 * PAGE), Workspace()):
+        pass
+    assert engine.pool.counts.failed == 3
+    assert engine.pool.take_unreadable() == {20, 21}
+    assert engine.pool.take_unreadable() == set()
+    os.ftruncate(store.fd, 2 * NBYTES)
+
+
+def test_sizes() -> None:
+    assert slots_for(1.0, 4, 2**14) == 2**14
+    assert slots_for(0.5, 3, 2**14) == 2**15 // 3
+
+
+def test_a_second_engine_is_refused(tmp_path_factory: pytest.TempPathFactory) -> None:
+    folder = tmp_path_factory.mktemp("cold")
+    first = made_store("disk", folder)
+    with pytest.raises(KvplugError, match="in use by another engine"):
+        made_store("disk", folder)
+    assert sorted(path.name for path in folder.iterdir()) == ["0.kvplug.lock"], (
+        "the file has no name"
+    )
+    del first
