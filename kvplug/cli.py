@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -108,8 +108,12 @@ def serve(
     dense_layers: Annotated[str | None, option("dense_layers")] = None,
     seed: Annotated[int | None, option("seed")] = None,
     options: Annotated[str | None, option("options")] = None,
+    offload: Annotated[str | None, option("offload")] = None,
 ) -> None:
     """Serve MODEL with vLLM's own OpenAI server; other flags go to `vllm serve` as they are."""
+    from kvplug.observe.share import share_metrics
+
+    share_metrics()  # before anything imports prometheus_client
     from kvplug.serve.launch import run_vllm, vllm_arguments
 
     given = {
@@ -117,6 +121,7 @@ def serve(
         "dense_below": dense_below, "seed": seed,
         "dense_layers": None if dense_layers is None else parse_layers(dense_layers),
         "options": None if options is None else json_object(options, "--options"),
+        "offload": None if offload is None else json_object(offload, "--offload"),
     }  # fmt: skip
     chosen = {name: value for name, value in given.items() if value is not None}
     run_vllm(vllm_arguments(model, chosen, context.args))
@@ -127,13 +132,20 @@ def demo(
     context: Annotated[int, typer.Option(help="Length of the document in tokens.")] = 32768,
     policy: Annotated[str, typer.Option(help="Recipe.")] = "simhash",
     budget: Annotated[int, typer.Option(help="Far tokens per window and KV head.")] = 512,
+    offload: Annotated[
+        Literal["disk"] | None,
+        typer.Option(help="Keep the cache on a disk, and ask kvplug alone."),
+    ] = None,
+    folder: Annotated[
+        Path | None, typer.Option(help="Where on the disk (default: the temporary folder).")
+    ] = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Ask stock vLLM and kvplug the same question about one long document."""
     from kvplug.demo import demo as run
 
     with progress() as say:
-        result = run(context, policy, budget, say)
+        result = run(context, policy, budget, say, offload, folder)
     if as_json:
         print(json.dumps(result))
         return
@@ -141,16 +153,28 @@ def demo(
     for column in ("", "answer", "right", "first token", "decode"):
         table.add_column(column)
     for name, run_ in result["runs"].items():
-        table.add_row(
-            name, run_["answer"], "yes" if run_["correct"] else "[red]no",
-            f"{run_['ttft_s']:.2f} s", f"{run_['decode_tok_s']:.1f} tok/s",
-        )  # fmt: skip
+        if run_ is not None:
+            table.add_row(
+                name, run_["answer"], "yes" if run_["correct"] else "[red]no",
+                f"{run_['ttft_s']:.2f} s", f"{run_['decode_tok_s']:.1f} tok/s",
+            )  # fmt: skip
     out.print(table)
-    out.print(
+    out.print(demo_words(result), highlight=False)
+
+
+def demo_words(result: dict[str, Any]) -> str:
+    """What the demonstration showed, in a sentence."""
+    attended = f"{result['pages_attended_share']:.1%} of the pages attended."
+    ours = result["runs"]["kvplug"]
+    if result["runs"]["dense"] is None:
+        return (
+            f"kvplug: {ours['kv_gib']:.2f} GiB of KV on disk, {ours['bytes_read_gib']:.2f} GiB "
+            f"read back; the engine's peak memory {ours['peak_rss_gib']:.2f} GiB, "
+            f"{ours['engine_rss_gib']:.2f} GiB of it before the question; {attended}"
+        )
+    return (
         f"kvplug: first token {result['ttft_ratio']:.1f}x sooner, decode "
-        f"{result['decode_ratio']:.1f}x faster, {result['pages_attended_share']:.1%} of the pages "
-        f"attended.",
-        highlight=False,
+        f"{result['decode_ratio']:.1f}x faster, {attended}"
     )
 
 

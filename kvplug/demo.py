@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import json
+import re
 import statistics
 import tempfile
 import time
@@ -10,6 +12,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from kvplug.attended import attended_share
 from kvplug.errors import KvplugError
@@ -36,7 +40,24 @@ class Run:
     """Tokens per second after it."""
 
 
-def demo(context: int, policy: str, budget: int, say: Callable[[str], None]) -> dict[str, Any]:
+@dataclass(frozen=True)
+class OffloadedRun(Run):
+    """An answer by a server whose cache is on a disk."""
+
+    kv_gib: float
+    """Of the document's keys and values."""
+    bytes_read_gib: float
+    """Copied back from the cold store."""
+    peak_rss_gib: float
+    """The engine process's, mapped pages included."""
+    engine_rss_gib: float
+    """What it held before the question: model, libraries, hot pool as far as it was touched."""
+
+
+def demo(
+    context: int, policy: str, budget: int, say: Callable[[str], None],
+    tier: str | None = None, folder: Path | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """Asks stock vLLM and kvplug the same question about the same document.
 
     Args:
@@ -44,6 +65,8 @@ def demo(context: int, policy: str, budget: int, say: Callable[[str], None]) -> 
         policy: Recipe.
         budget: Far tokens per window and KV head.
         say: Told what is going on.
+        tier: ``disk``: kvplug's cache is on a disk, and stock vLLM is not asked.
+        folder: Where on the disk; None for the temporary folder.
 
     Returns:
         The JSON object of the public interface.
@@ -82,23 +105,45 @@ def demo(context: int, policy: str, budget: int, say: Callable[[str], None]) -> 
         "kvplug": ["-m", "kvplug", "serve", str(model), "--policy", policy, "--budget", str(budget),
                    *flags],
     }  # fmt: skip
-    runs = {}
-    for name, command in commands.items():
-        say(f"{name}: starting its server")
-        runs[name] = _ask(name, command, prompt, context, say)
-        say(f"{name}: {runs[name].answer!r}, first token after {runs[name].ttft_s:.2f} s")
+    runs: dict[str, Run | None] = {"dense": None}
+    with tempfile.TemporaryDirectory(prefix="kvplug-", dir=folder) as cold:
+        if tier is not None:
+            del commands["dense"]
+            options = cold_options(model, context, cold)
+            check({"policy": policy, "budget": budget, "offload": options})
+            commands["kvplug"] += ["--offload", json.dumps(options)]
+        for name, command in commands.items():
+            say(f"{name}: starting its server")
+            run = runs[name] = _ask(name, command, prompt, context, say, tier is not None)
+            say(f"{name}: {run.answer!r}, first token after {run.ttft_s:.2f} s")
     dense, ours = runs["dense"], runs["kvplug"]
+    assert ours is not None
     return {
         "context_tokens": context,
         "question": prompt.question,
         "expected": prompt.expected,
-        "runs": {name: asdict(run) for name, run in runs.items()},
-        "ttft_ratio": dense.ttft_s / ours.ttft_s,
-        "decode_ratio": ours.decode_tok_s / dense.decode_tok_s,
+        "runs": {name: None if run is None else asdict(run) for name, run in runs.items()},
+        "ttft_ratio": None if dense is None else dense.ttft_s / ours.ttft_s,
+        "decode_ratio": None if dense is None else ours.decode_tok_s / dense.decode_tok_s,
         "pages_attended_share": attended_share(config, PAGE, context, 0),
         "threads": num_threads(),
         "versions": versions(),
     }
+
+
+def kv_gib(model: Path, tokens: int) -> float:
+    """GiB of the keys and values of some tokens, in bfloat16."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(model)
+    numbers = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    return 2 * numbers * tokens / 2**30
+
+
+def cold_options(model: Path, context: int, folder: str) -> dict[str, Any]:
+    """``offload`` for a document: a thirty-second of its cache is hot."""
+    size = kv_gib(model, context + 4096)
+    return {"tier": "disk", "path": folder, "cold_gib": 1.1 * size, "hot_gib": max(size / 32, 0.05)}
 
 
 def longest_context(model: Path) -> int:
@@ -109,30 +154,60 @@ def longest_context(model: Path) -> int:
 
 
 def _ask(
-    name: str, command: list[str], prompt: Any, context: int, say: Callable[[str], None]
-) -> Run:
+    name: str, command: list[str], prompt: Any, context: int, say: Callable[[str], None],
+    is_offloaded: bool,
+) -> Run:  # fmt: skip
     """Starts a server, asks once, measures, stops it."""
     from openai import OpenAI
 
     from kvplug.serve.server import running_server
 
-    kv_gib = max(2, context * 2 // 2**18 + 1)
-    environment = engine_environment(kv_gib, in_process=False)
+    kv_space = max(2, context * 2 // 2**18 + 1)
+    environment = engine_environment(kv_space, in_process=False)
     if name == "dense":
         environment["VLLM_PLUGINS"] = ""  # stock vLLM: no plugin is even loaded
     with (
         tempfile.TemporaryDirectory(prefix="kvplug-") as folder,
-        running_server(command, environment, Path(folder) / f"{name}.log") as url,
+        running_server(command, environment, Path(folder) / f"{name}.log") as server,
     ):
-        client = OpenAI(base_url=url, api_key="none", timeout=3600, max_retries=0)
+        client = OpenAI(base_url=server.url, api_key="none", timeout=3600, max_retries=0)
         _stream(client, [{"role": "user", "content": "What is warm?"}], 4, False)
         say(f"{name}: asking")
+        before = peak_rss_gib(server.pid)
         answer, times = _stream(client, prompt.messages(), 32, False)
         # The prompt is in the prefix cache now, so a second request is nearly all decoding.
         _, decoded = _stream(client, prompt.messages(), DECODED, True)
+        peak, read = peak_rss_gib(server.pid), cold_read_gib(server.url)
     gaps = [later - earlier for earlier, later in itertools.pairwise(decoded[1:])]
-    correct = answer.strip() == prompt.expected
-    return Run(answer.strip(), correct, times[1] - times[0], 1 / statistics.median(gaps))
+    run = Run(
+        answer.strip(), answer.strip() == prompt.expected, times[1] - times[0],
+        1 / statistics.median(gaps),
+    )  # fmt: skip
+    if not is_offloaded:
+        return run
+    model = Path(command[command.index("serve") + 1])
+    return OffloadedRun(**asdict(run), kv_gib=kv_gib(model, context), bytes_read_gib=read,
+                        peak_rss_gib=peak, engine_rss_gib=before)  # fmt: skip
+
+
+def peak_rss_gib(pid: int) -> float:
+    """Peak resident memory of the largest process among a server's, the engine's."""
+    server = psutil.Process(pid)
+    peaks = []
+    for process in (server, *server.children(recursive=True)):
+        status = Path(f"/proc/{process.pid}/status").read_text()
+        found = re.search(r"VmHWM:\s+(\d+) kB", status)
+        peaks.append(int(found.group(1)) / 2**20 if found else 0.0)
+    return max(peaks)
+
+
+def cold_read_gib(url: str) -> float:
+    """What a server says it read from its cold store."""
+    import httpx
+
+    text = httpx.get(f"{url.removesuffix('/v1')}/metrics", timeout=60).text
+    found = re.findall(r"^kvplug:cold_read_bytes_total\{[^}]*\} (\S+)$", text, re.MULTILINE)
+    return sum(map(float, found)) / 2**30
 
 
 def _stream(

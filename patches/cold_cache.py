@@ -10,6 +10,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from kvplug.errors import KvplugError
+from kvplug.offload.pools import Pools
 from kvplug.patches.record import Patch
 from kvplug.selection import is_selected, options_of
 
@@ -17,8 +18,8 @@ if TYPE_CHECKING:
     from kvplug.config import OffloadConfig
     from kvplug.offload.cold_store import ColdStore
 
-STORE = "kvplug_cold_store"
-"""Attribute of a model runner whose cache is in a cold store."""
+STORE, POOLS = "kvplug_cold_store", "kvplug_pools"
+"""Attributes of a model runner whose cache is in a cold store."""
 
 
 def offload_of(vllm_config: Any) -> OffloadConfig | None:
@@ -61,7 +62,8 @@ def _wrap_allocation(original: Callable[..., Any]) -> Callable[..., Any]:
             return original(self, kv_cache_config, kernel_block_sizes, kv_cache_allocation_context)
         from kvplug.offload.cold_store import ColdStore
 
-        store = ColdStore(offload, self.vllm_config.parallel_config.rank)
+        config = self.vllm_config
+        store = ColdStore(offload, config.parallel_config.rank, config.instance_id)
         setattr(self, STORE, store)
         return original(self, kv_cache_config, kernel_block_sizes, InStore(store))
 
@@ -84,22 +86,28 @@ def _wrap_sampling(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def sample_tokens(self: Any, *args: Any, **kwargs: Any) -> Any:
         if hasattr(self, STORE):
-            pages = unreadable_pages(self)
-            if pages:
-                report(self, pages)
+            pools = pools_of(self)
+            lost = pools.take_unreadable()
+            if lost:
+                report(self, lost)
+            pools.step_done()
         return original(self, *args, **kwargs)
 
     return sample_tokens
 
 
-def unreadable_pages(runner: Any) -> set[int]:
-    """Pages that any layer of the step could not read."""
-    found: set[int] = set()
-    for layer in runner.compilation_config.static_forward_context.values():
-        hot = getattr(getattr(layer, "impl", None), "hot", None)
-        if hot is not None and hot.unreadable:
-            found |= hot.take_unreadable()
-    return found
+def pools_of(runner: Any) -> Pools:
+    """The pools of a runner's layers, collected once."""
+    if not hasattr(runner, POOLS):
+        from kvplug.observe.pool_metrics import PoolMetrics
+
+        context = runner.compilation_config.static_forward_context
+        found = [getattr(getattr(layer, "impl", None), "hot", None) for layer in context.values()]
+        offload = offload_of(runner.vllm_config)
+        assert offload is not None
+        pools = Pools([pool for pool in found if pool is not None], PoolMetrics(offload.tier))
+        setattr(runner, POOLS, pools)
+    return getattr(runner, POOLS)
 
 
 def report(runner: Any, pages: set[int]) -> None:

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import httpx
 import psutil
@@ -19,6 +20,14 @@ from kvplug.errors import KvplugError
 
 START_TIMEOUT_S = 600.0
 STOP_TIMEOUT_S = 30.0
+
+
+class Server(NamedTuple):
+    """One that runs."""
+
+    url: str
+    """Base URL of the OpenAI API, ``http://127.0.0.1:P/v1``."""
+    pid: int
 
 
 def free_port() -> int:
@@ -31,7 +40,7 @@ def free_port() -> int:
 @contextlib.contextmanager
 def running_server(
     arguments: Sequence[str], environment: Mapping[str, str], log: Path
-) -> Iterator[str]:
+) -> Iterator[Server]:
     """Runs ``python ARGUMENTS --host 127.0.0.1 --port P`` while the context lasts.
 
     Args:
@@ -40,7 +49,7 @@ def running_server(
         log: File that takes everything it prints.
 
     Yields:
-        Base URL of the OpenAI API, ``http://127.0.0.1:P/v1``.
+        The server.
 
     Raises:
         KvplugError: It ended, or was not ready in time; the message ends with its last words.
@@ -53,7 +62,7 @@ def running_server(
         )
     try:
         _wait_until_ready(process, f"http://127.0.0.1:{port}/health", log)
-        yield f"http://127.0.0.1:{port}/v1"
+        yield Server(f"http://127.0.0.1:{port}/v1", process.pid)
     finally:
         _stop(process)
 

@@ -45,12 +45,13 @@ class ColdStore:
     Args:
         offload: The user's options.
         rank: Of the worker among those that share the folder.
+        engine: Name of the engine, the same in all its processes.
 
     Raises:
         KvplugError: The folder cannot be used, or another engine uses it.
     """
 
-    def __init__(self, offload: OffloadConfig, rank: int) -> None:
+    def __init__(self, offload: OffloadConfig, rank: int, engine: str) -> None:
         """Takes the folder's lock, where there is a folder."""
         self.offload, self.rank = offload, rank
         self.fd: int | None = None
@@ -60,7 +61,7 @@ class ColdStore:
         self._lock: int | None = None
         self._touched = 0
         if offload.tier == "disk":
-            self._lock = lock_folder(offload.path or "", rank)
+            self._lock = lock_folder(offload.path or "", rank, engine)
 
     def allocate(self, nbytes: int) -> torch.Tensor:
         """``[nbytes]`` int8 zeros that live in the store.
@@ -98,8 +99,15 @@ def store_of(tensor: torch.Tensor) -> ColdStore | None:
     return _stores.get(tensor.untyped_storage().data_ptr())
 
 
-def check_folder(path: str, nbytes: int) -> None:
+def check_folder(path: str, nbytes: int, engine: str) -> None:
     """Refuses a folder that could not hold ``nbytes``, before anything is loaded.
+
+    vLLM checks its config again once a worker runs: what the engine itself holds is fine.
+
+    Args:
+        path: The folder.
+        nbytes: Of every worker's pages, as far as this process knows.
+        engine: Name of the engine.
 
     Raises:
         KvplugError: With the reason.
@@ -113,8 +121,10 @@ def check_folder(path: str, nbytes: int) -> None:
             f"kvplug option offload.path {path!r} is on {kind}, which is memory: name a folder on "
             f"a disk, or use tier 'host'."
         )
+    if holder(folder) == engine:
+        return
     try:
-        lock = lock_folder(path, 0)
+        lock = lock_folder(path, 0, engine)
     except OSError as error:
         raise KvplugError(
             f"kvplug option offload.path {path!r} cannot be written to: {error.strerror}."
@@ -129,8 +139,21 @@ def check_folder(path: str, nbytes: int) -> None:
         )
 
 
-def lock_folder(path: str, rank: int) -> int:
+def holder(folder: Path) -> str:
+    """Name of the engine that last took the folder; '' if none did."""
+    try:
+        return (folder / f"0.{LOCK}").read_text()
+    except OSError:
+        return ""
+
+
+def lock_folder(path: str, rank: int, engine: str) -> int:
     """A descriptor that holds the folder's lock for a worker until it is closed.
+
+    Args:
+        path: The folder.
+        rank: Of the worker.
+        engine: Name of the engine, written into the lock's file.
 
     Raises:
         KvplugError: Another engine holds it.
@@ -144,6 +167,8 @@ def lock_folder(path: str, rank: int) -> int:
         raise KvplugError(
             f"kvplug option offload.path {path!r} is in use by another engine: name another folder."
         ) from None
+    os.ftruncate(lock, 0)
+    os.write(lock, engine.encode())
     return lock
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from typing import TYPE_CHECKING, Any
 
 from kvplug.errors import KvplugError
@@ -40,7 +41,7 @@ def adopt_offload(vllm_config: Any, config: KvplugConfig) -> None:
     _check_pool(vllm_config, config)
     nbytes = int(offload.cold_gib * GIB)
     if offload.path is not None:
-        check_folder(offload.path, nbytes)
+        check_folder(offload.path, nbytes, vllm_config.instance_id)
     cache.kv_cache_memory_bytes = nbytes
 
 
@@ -85,7 +86,7 @@ def check_slots(
     slots = slots_for(config.offload.hot_gib, num_layers, page_bytes)
     least = least_slots(region_sizes(config, page).max_pages_per_row(), num_kv_heads)
     if slots < least:
-        needed = least * page_bytes * num_layers / GIB
+        needed = math.ceil(least * page_bytes * num_layers / GIB * 1e4) / 1e4
         raise KvplugError(
             f"kvplug option offload.hot_gib={config.offload.hot_gib:g} is too small: one window's "
             f"pages in {num_layers} layers take {needed:.4f} GiB."

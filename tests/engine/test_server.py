@@ -27,8 +27,8 @@ def client(
         "--max-model-len", str(LONGEST), "--block-size", "32", "--served-model-name", "recall",
         "--dtype", "bfloat16", "--enforce-eager",
     ]  # fmt: skip
-    with running_server(command, engine_environment(2, in_process=False), log) as url:
-        yield openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=120), log
+    with running_server(command, engine_environment(2, in_process=False), log) as server:
+        yield openai.OpenAI(base_url=server.url, api_key="none", max_retries=0, timeout=120), log
 
 
 def test_recalls_through_chat(client, tokenizer):

@@ -51,16 +51,16 @@ def child_of(log: Path) -> int:
 
 def test_it_serves_while_the_context_lasts(tmp_path: Path) -> None:
     log = tmp_path / "log"
-    with running_server(["-c", HEALTHY], {"EXTRA": "42"}, log) as url:
-        assert url.startswith("http://127.0.0.1:")
-        assert url.endswith("/v1")
-        assert httpx.get(f"{url}/models").status_code == 200
+    with running_server(["-c", HEALTHY], {"EXTRA": "42"}, log) as server:
+        assert server.url.startswith("http://127.0.0.1:")
+        assert server.url.endswith("/v1")
+        assert httpx.get(f"{server.url}/models").status_code == 200
         child = child_of(log)
         assert psutil.pid_exists(child)
     assert "extra 42" in log.read_text()
     assert is_gone(child)
     with pytest.raises(httpx.TransportError):
-        httpx.get(url)
+        httpx.get(server.url)
 
 
 def test_it_ends_when_the_caller_fails(tmp_path: Path) -> None:

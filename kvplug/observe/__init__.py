@@ -1,0 +1,1 @@
+"""What kvplug tells of itself while it serves."""
