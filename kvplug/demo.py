@@ -51,7 +51,7 @@ class OffloadedRun(Run):
     peak_rss_gib: float
     """The engine process's, mapped pages included."""
     engine_rss_gib: float
-    """What it held before the question: model, libraries, hot pool as far as it was touched."""
+    """What it held before the question: model and libraries."""
 
 
 def demo(
@@ -173,11 +173,12 @@ def _ask(
         client = OpenAI(base_url=server.url, api_key="none", timeout=3600, max_retries=0)
         _stream(client, [{"role": "user", "content": "What is warm?"}], 4, False)
         say(f"{name}: asking")
-        before = peak_rss_gib(server.pid)
+        before = rss_gib(server.pid, "VmRSS")
+        reset_peaks(server.pid)
         answer, times = _stream(client, prompt.messages(), 32, False)
         # The prompt is in the prefix cache now, so a second request is nearly all decoding.
         _, decoded = _stream(client, prompt.messages(), DECODED, True)
-        peak, read = peak_rss_gib(server.pid), cold_read_gib(server.url)
+        peak, read = rss_gib(server.pid, "VmHWM"), cold_read_gib(server.url)
     gaps = [later - earlier for earlier, later in itertools.pairwise(decoded[1:])]
     run = Run(
         answer.strip(), answer.strip() == prompt.expected, times[1] - times[0],
@@ -190,15 +191,30 @@ def _ask(
                         peak_rss_gib=peak, engine_rss_gib=before)  # fmt: skip
 
 
-def peak_rss_gib(pid: int) -> float:
-    """Peak resident memory of the largest process among a server's, the engine's."""
+def rss_gib(pid: int, field: str) -> float:
+    """Resident memory of the largest process among a server's, the engine's.
+
+    Args:
+        pid: The server's.
+        field: Of ``/proc/PID/status``: ``VmRSS`` now, or ``VmHWM``, the most since it was reset.
+    """
+    return max(_status_gib(process, field) for process in _family(pid))
+
+
+def reset_peaks(pid: int) -> None:
+    """Lets the peaks of a server's processes start anew (proc(5), ``clear_refs``)."""
+    for process in _family(pid):
+        Path(f"/proc/{process.pid}/clear_refs").write_text("5")
+
+
+def _family(pid: int) -> list[psutil.Process]:
     server = psutil.Process(pid)
-    peaks = []
-    for process in (server, *server.children(recursive=True)):
-        status = Path(f"/proc/{process.pid}/status").read_text()
-        found = re.search(r"VmHWM:\s+(\d+) kB", status)
-        peaks.append(int(found.group(1)) / 2**20 if found else 0.0)
-    return max(peaks)
+    return [server, *server.children(recursive=True)]
+
+
+def _status_gib(process: psutil.Process, field: str) -> float:
+    found = re.search(rf"{field}:\s+(\d+) kB", Path(f"/proc/{process.pid}/status").read_text())
+    return int(found.group(1)) / 2**20 if found else 0.0
 
 
 def cold_read_gib(url: str) -> float:

@@ -62,8 +62,7 @@ def _wrap_allocation(original: Callable[..., Any]) -> Callable[..., Any]:
             return original(self, kv_cache_config, kernel_block_sizes, kv_cache_allocation_context)
         from kvplug.offload.cold_store import ColdStore
 
-        config = self.vllm_config
-        store = ColdStore(offload, config.parallel_config.rank, config.instance_id)
+        store = ColdStore(offload, self.vllm_config.parallel_config.rank)
         setattr(self, STORE, store)
         return original(self, kv_cache_config, kernel_block_sizes, InStore(store))
 

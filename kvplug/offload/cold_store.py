@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from weakref import WeakValueDictionary
 
+import psutil
 import torch
 
 from kvplug.errors import KvplugError
@@ -45,13 +46,12 @@ class ColdStore:
     Args:
         offload: The user's options.
         rank: Of the worker among those that share the folder.
-        engine: Name of the engine, the same in all its processes.
 
     Raises:
         KvplugError: The folder cannot be used, or another engine uses it.
     """
 
-    def __init__(self, offload: OffloadConfig, rank: int, engine: str) -> None:
+    def __init__(self, offload: OffloadConfig, rank: int) -> None:
         """Takes the folder's lock, where there is a folder."""
         self.offload, self.rank = offload, rank
         self.fd: int | None = None
@@ -61,7 +61,7 @@ class ColdStore:
         self._lock: int | None = None
         self._touched = 0
         if offload.tier == "disk":
-            self._lock = lock_folder(offload.path or "", rank, engine)
+            self._lock = lock_folder(offload.path or "", rank)
 
     def allocate(self, nbytes: int) -> torch.Tensor:
         """``[nbytes]`` int8 zeros that live in the store.
@@ -99,15 +99,14 @@ def store_of(tensor: torch.Tensor) -> ColdStore | None:
     return _stores.get(tensor.untyped_storage().data_ptr())
 
 
-def check_folder(path: str, nbytes: int, engine: str) -> None:
+def check_folder(path: str, nbytes: int) -> None:
     """Refuses a folder that could not hold ``nbytes``, before anything is loaded.
 
-    vLLM checks its config again once a worker runs: what the engine itself holds is fine.
+    vLLM checks its config again once its workers run: what a child process holds is fine.
 
     Args:
         path: The folder.
-        nbytes: Of every worker's pages, as far as this process knows.
-        engine: Name of the engine.
+        nbytes: Of a worker's pages.
 
     Raises:
         KvplugError: With the reason.
@@ -121,10 +120,10 @@ def check_folder(path: str, nbytes: int, engine: str) -> None:
             f"kvplug option offload.path {path!r} is on {kind}, which is memory: name a folder on "
             f"a disk, or use tier 'host'."
         )
-    if holder(folder) == engine:
+    if is_held_by_family(folder):
         return
     try:
-        lock = lock_folder(path, 0, engine)
+        lock = lock_folder(path, 0)
     except OSError as error:
         raise KvplugError(
             f"kvplug option offload.path {path!r} cannot be written to: {error.strerror}."
@@ -139,21 +138,21 @@ def check_folder(path: str, nbytes: int, engine: str) -> None:
         )
 
 
-def holder(folder: Path) -> str:
-    """Name of the engine that last took the folder; '' if none did."""
+def is_held_by_family(folder: Path) -> bool:
+    """Whether this process or one that it started is the last that took the folder."""
     try:
-        return (folder / f"0.{LOCK}").read_text()
-    except OSError:
-        return ""
+        process = psutil.Process(int((folder / f"0.{LOCK}").read_text()))
+        return os.getpid() in (process.pid, *(parent.pid for parent in process.parents()))
+    except (OSError, ValueError, psutil.NoSuchProcess):
+        return False
 
 
-def lock_folder(path: str, rank: int, engine: str) -> int:
+def lock_folder(path: str, rank: int) -> int:
     """A descriptor that holds the folder's lock for a worker until it is closed.
 
     Args:
         path: The folder.
         rank: Of the worker.
-        engine: Name of the engine, written into the lock's file.
 
     Raises:
         KvplugError: Another engine holds it.
@@ -168,7 +167,7 @@ def lock_folder(path: str, rank: int, engine: str) -> int:
             f"kvplug option offload.path {path!r} is in use by another engine: name another folder."
         ) from None
     os.ftruncate(lock, 0)
-    os.write(lock, engine.encode())
+    os.write(lock, str(os.getpid()).encode())
     return lock
 
 

@@ -41,7 +41,7 @@ def adopt_offload(vllm_config: Any, config: KvplugConfig) -> None:
     _check_pool(vllm_config, config)
     nbytes = int(offload.cold_gib * GIB)
     if offload.path is not None:
-        check_folder(offload.path, nbytes, vllm_config.instance_id)
+        check_folder(offload.path, nbytes)
     cache.kv_cache_memory_bytes = nbytes
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -23,24 +25,24 @@ def disk(folder: Path) -> OffloadConfig:
 
 
 def test_a_folder_that_will_do(folder: Path) -> None:
-    check_folder(str(folder), 2**20, "one")
-    check_folder(str(folder), 2**20, "two")
+    check_folder(str(folder), 2**20)
+    check_folder(str(folder), 2**20)
 
 
 def test_a_missing_folder(folder: Path) -> None:
     with pytest.raises(KvplugError, match="not a folder"):
-        check_folder(str(folder / "none"), 2**20, "one")
+        check_folder(str(folder / "none"), 2**20)
 
 
 def test_too_little_room(folder: Path) -> None:
     with pytest.raises(KvplugError, match=r"asks for 1048576.0 GiB, and .* GiB free"):
-        check_folder(str(folder), 2**20 * GIB, "one")
+        check_folder(str(folder), 2**20 * GIB)
 
 
 def test_memory_is_not_a_disk() -> None:
     assert file_system(Path("/dev/shm")) == "tmpfs"
     with pytest.raises(KvplugError, match="on tmpfs, which is memory"):
-        check_folder("/dev/shm", 2**20, "one")
+        check_folder("/dev/shm", 2**20)
 
 
 def test_what_cannot_be_written_to(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -51,15 +53,34 @@ def test_what_cannot_be_written_to(folder: Path, monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(os, "open", refuse)
     with pytest.raises(KvplugError, match="cannot be written to: Permission denied"):
-        check_folder(str(folder), 2**20, "one")
+        check_folder(str(folder), 2**20)
 
 
-def test_another_engine_has_it_but_this_one_may_ask_again(folder: Path) -> None:
-    store = ColdStore(disk(folder), 0, "one")
-    check_folder(str(folder), 2**20 * GIB, "one")
-    with pytest.raises(KvplugError, match="in use by another engine"):
-        check_folder(str(folder), 2**20, "two")
-    del store
+HOLD = """
+import sys, time
+from kvplug.config import OffloadConfig
+from kvplug.offload.cold_store import ColdStore
+store = ColdStore(OffloadConfig.model_validate({"tier": "disk", "path": sys.argv[1]}), 0)
+print("held", flush=True)
+sys.stdin.read()
+"""
+ASK = "import sys; from kvplug.offload.cold_store import check_folder; check_folder(sys.argv[1], 1)"
+
+
+def test_another_engine_has_it_but_its_parent_may_ask_again(folder: Path) -> None:
+    command = [sys.executable, "-c", HOLD, str(folder)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        assert child.stdout is not None
+        assert child.stdout.readline() == b"held\n"
+        check_folder(str(folder), 2**20 * GIB)
+        other = subprocess.run(
+            [sys.executable, "-c", ASK, str(folder)], capture_output=True, text=True, check=False
+        )
+        assert "in use by another engine" in other.stderr
+        with pytest.raises(KvplugError, match="in use by another engine"):
+            ColdStore(disk(folder), 0)
+        child.communicate()
+    ColdStore(disk(folder), 0)
 
 
 def test_a_disk_that_fills_up(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -68,12 +89,12 @@ def test_a_disk_that_fills_up(folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(KvplugError, match=r"could not reserve 1\.0 GiB .* is full"):
-        ColdStore(disk(folder), 0, "one").allocate(GIB)
+        ColdStore(disk(folder), 0).allocate(GIB)
     assert [path.name for path in folder.iterdir()] == ["0.kvplug.lock"]
 
 
 def test_memory_is_given_back_and_content_stays(folder: Path) -> None:
-    store = ColdStore(disk(folder), 0, "one")
+    store = ColdStore(disk(folder), 0)
     tensor = store.allocate(64 * 2**20)
     assert store_of(tensor[5:]) is store
     tensor.fill_(7)

@@ -28,7 +28,7 @@ NBYTES = PAGES * HEADS * PAGE * 2 * DIM * 2
 def made_store(tier: str, folder: Path) -> tuple[ColdStore, torch.Tensor]:
     """A store of two layers, and the second one's cache."""
     path = str(folder) if tier == "disk" else None
-    store = ColdStore(OffloadConfig.model_validate({"tier": tier, "path": path}), 0, "engine")
+    store = ColdStore(OffloadConfig.model_validate({"tier": tier, "path": path}), 0)
     both = store.allocate(2 * NBYTES).view(torch.bfloat16).view(2, *SHAPE)
     return store, both[1]
 
