@@ -93,7 +93,6 @@ def test_a_name_like_no_other_gets_all_names() -> None:
         ("seed", -1, "greater than or equal to 0"),
         ("options", [], "dict"),
         ("options", None, "dict"),
-        ("offload", {"tier": "host"}, "not available in this version"),
         ("audit", 0.1, "not available in this version"),
         ("audit", -0.1, "not available in this version"),
         ("trace", "trace.json", "not available in this version"),
@@ -104,6 +103,25 @@ def test_a_bad_value_is_named_with_its_limit(field: str, value: Any, limit: str)
     assert f"kvplug option {field}" in message
     assert limit in message
     assert re.search(r"not available|" + re.escape(repr(value)), message)
+
+
+@pytest.mark.parametrize(
+    ("offload", "words"),
+    [
+        (7, "must be a JSON object"),
+        ({}, "offload.tier"),
+        ({"tier": "tape"}, "'host' or 'disk'"),
+        ({"tier": "disk"}, "needs a path"),
+        ({"tier": "host", "path": "x"}, "takes no path"),
+        ({"tier": "host", "hot_gib": 0}, "offload.hot_gib (GiB"),
+        ({"tier": "host", "cold_gib": -1}, "greater than 0"),
+        ({"tier": "host", "hot": 1}, "did you mean 'hot_gib'?"),
+    ],
+)
+def test_a_bad_tier_is_named(offload: Any, words: str) -> None:
+    message = refusal({"policy": "quest", "offload": offload})
+    assert "kvplug option offload" in message
+    assert words in message
 
 
 @pytest.mark.parametrize("page", [16, 32, 64, 128])

@@ -4,7 +4,6 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 readonly KVPRESS=0.5.5
-readonly TORCH_CPU_INDEX=https://download.pytorch.org/whl/cpu
 export PIP_DISABLE_PIP_VERSION_CHECK=1
 
 die() { printf '[peers] error: %s\n' "$*" >&2; exit 1; }
@@ -12,8 +11,8 @@ pip() { .venv-peers/bin/python -m pip "$@"; }
 
 .venv/bin/python -m venv --clear .venv-peers || die "could not create .venv-peers."
 torch=$(.venv/bin/python -c 'import importlib.metadata as m; print("torch==" + m.version("torch"))')
-pip install -qq "$torch" 2>/dev/null || pip install -qq --index-url "$TORCH_CPU_INDEX" "$torch" \
-    || die "no $torch in pip's sources nor at $TORCH_CPU_INDEX: is the network up?"
+pip install -qq "$torch" \
+    || die "no $torch in pip's sources: name PyTorch's index for this build in PIP_EXTRA_INDEX_URL."
 pip install -qq "kvpress==$KVPRESS" "$torch"
 .venv-peers/bin/python -c 'import kvpress' || die "kvpress cannot be imported; the reason is above."
 printf '[peers] done: kvpress %s beside %s\n' "$KVPRESS" "$torch"
