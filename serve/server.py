@@ -20,6 +20,7 @@ from kvplug.errors import KvplugError
 
 START_TIMEOUT_S = 600.0
 STOP_TIMEOUT_S = 30.0
+ENGINE_DIED = "EngineDeadError"
 
 
 class Server(NamedTuple):
@@ -75,6 +76,9 @@ def _wait_until_ready(process: subprocess.Popen[bytes], url: str, log: Path) -> 
             raise KvplugError(
                 f"The server ended with exit code {process.returncode}: {last_words(log)}"
             )
+        if ENGINE_DIED in log.read_text(errors="replace"):
+            # vLLM's front end can outlive its engine.
+            raise KvplugError(f"The server's engine died: {last_words(log)}")
         with contextlib.suppress(httpx.TransportError):
             if httpx.get(url, timeout=5).status_code == 200:
                 return
@@ -96,7 +100,11 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
 
 
 def last_words(log: Path) -> str:
-    """Why a server ended: the first error that its log names, or else its last line."""
-    text = log.read_text(errors="replace").strip()
+    """Why a server ended: the first error that its log names, or else its last line.
+
+    Warnings that quote errors do not count.
+    """
+    lines = log.read_text(errors="replace").strip().splitlines()
+    text = "\n".join(line for line in lines if " WARNING " not in line)
     errors = re.findall(r"\b\w+(?:Error|Exception): .+", text)
     return str(errors[0]) if errors else text.splitlines()[-1].strip() if text else "no words"

@@ -36,12 +36,8 @@ class Pools:
                 found |= pool.take_unreadable()
         return found
 
-    def step_done(self, is_last: bool = False) -> None:
-        """Tells counts, now and then.
-
-        Args:
-            is_last: Nothing follows for now: tells them in any case.
-        """
+    def step_done(self) -> None:
+        """Tells counts, now and then."""
         self._step += 1
-        if self._metrics is not None and (is_last or self._step % STEPS == 0):
+        if self._metrics is not None and self._step % STEPS == 0:
             self._metrics.tell(self.counts)

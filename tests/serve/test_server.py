@@ -96,3 +96,15 @@ def test_last_words(tmp_path: Path) -> None:
 
 def test_free_ports_are_free() -> None:
     assert 0 < free_port() < 65536
+
+
+def test_an_engine_that_dies_is_quoted_though_its_front_end_lives(tmp_path: Path) -> None:
+    dying = (
+        "import time; print('x WARNING y: `OSError: many files`'); print('KvplugError: no room');"
+        "print('vllm.EngineDeadError: it died', flush=True); time.sleep(600)"
+    )
+    with (
+        pytest.raises(KvplugError, match="engine died: KvplugError: no room"),
+        running_server(["-c", dying], {}, tmp_path / "log"),
+    ):
+        raise AssertionError
