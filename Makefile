@@ -3,7 +3,7 @@
 #   make setup   create .venv and install kvplug, vLLM and the tools (GPU or CPU build, found by itself)
 #   make demo    the demonstration            make test    all tests
 #   make bench   dense against kvplug         make check   ruff and mypy
-#   make quality docs/quality.md anew, reduced (quality-full: all of it), beside kvpress (make peers)
+#   make quality docs/quality.md anew, reduced; make quality-full: all of it, beside kvpress (make peers)
 #   make clean   remove what builds and runs leave behind; the environment stays
 
 SHELL := /bin/bash

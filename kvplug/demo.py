@@ -173,12 +173,14 @@ def _ask(
         client = OpenAI(base_url=server.url, api_key="none", timeout=3600, max_retries=0)
         _stream(client, [{"role": "user", "content": "What is warm?"}], 4, False)
         say(f"{name}: asking")
-        before = rss_gib(server.pid, "VmRSS")
-        reset_peaks(server.pid)
+        before = rss_gib(server.pid, "VmRSS") if is_offloaded else 0.0
+        if is_offloaded:
+            reset_peaks(server.pid)
         answer, times = _stream(client, prompt.messages(), 32, False)
         # The prompt is in the prefix cache now, so a second request is nearly all decoding.
         _, decoded = _stream(client, prompt.messages(), DECODED, True)
-        peak, read = rss_gib(server.pid, "VmHWM"), cold_read_gib(server.url)
+        if is_offloaded:
+            peak, read = rss_gib(server.pid, "VmHWM"), cold_read_gib(server.url)
     gaps = [later - earlier for earlier, later in itertools.pairwise(decoded[1:])]
     run = Run(
         answer.strip(), answer.strip() == prompt.expected, times[1] - times[0],
