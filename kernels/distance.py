@@ -1,0 +1,89 @@
+"""How far a window's queries stand out: their distance from a mean in units of the variance."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from kvplug.kernels.checks import FLOATS, check, check_devices, check_head_dim, require
+
+BLOCK = 4096
+"""Numbers of a window's queries that a program loads at a time."""
+LONGEST_WINDOW = 8192
+"""Tokens of a window whose weights fit a program's registers."""
+
+
+class QueryWindows(NamedTuple):
+    """Queries of a step and how they are cut into ``S`` windows."""
+
+    queries: torch.Tensor
+    """``[T, H, D]`` bfloat16, float16 or float32, after the rotary embedding; tokens and heads
+    may be strided."""
+    token_start: torch.Tensor
+    """``[S]`` int32 first query of each window."""
+    num_tokens: torch.Tensor
+    """``[S]`` int32 queries of each window; 0 in an unused row."""
+
+    def check(self, vectors: torch.Tensor) -> tuple[int, int, int, int]:
+        """Refuses what kernels would read wrongly.
+
+        Args:
+            vectors: ``[S, Hk, R, D]`` of the queries' dtype or float32.
+
+        Returns:
+            S, H, Hk and D.
+
+        Raises:
+            ValueError: A tensor is of another shape, dtype, layout or device.
+        """
+        check("queries", self.queries, ("T", "H", "D"), FLOATS, contiguous=False)
+        _, heads, dim = self.queries.shape
+        check_head_dim(dim)
+        own = (self.queries.dtype, torch.float32)
+        check("vectors", vectors, ("S", "Hk", "R", dim), own)
+        windows, kv_heads = vectors.shape[:2]
+        check("token_start", self.token_start, (windows,), torch.int32)
+        check("num_tokens", self.num_tokens, (windows,), torch.int32)
+        check_devices(vectors=vectors, **self._asdict())
+        require(
+            heads % kv_heads == 0,
+            f"Query heads must be a multiple of KV heads, not {heads} of {kv_heads}.",
+        )
+        return windows, heads, kv_heads, dim
+
+    def of(self, window: int) -> torch.Tensor:
+        """``[c, H, D]`` queries of a window; waits for the device: for references."""
+        start = int(self.token_start[window])
+        return self.queries[start : start + int(self.num_tokens[window])]
+
+
+def check_longest(longest: int) -> None:
+    """Refuses windows whose weights do not fit a program.
+
+    Raises:
+        ValueError: See :data:`LONGEST_WINDOW`.
+    """
+    require(
+        1 <= longest <= LONGEST_WINDOW,
+        f"A window must have 1 to {LONGEST_WINDOW} tokens, not {longest}.",
+    )
+
+
+@triton.jit
+def store_distances(  # type: ignore[no-untyped-def]
+    p_queries, stride_token, count, b_mean, b_weight, p_out,
+    D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """``out[t] = sum_d (query_td - mean_d)^2 * weight_d`` for ``count`` queries of one head."""
+    o_d = tl.arange(0, BLOCK_D)
+    for t in range(0, count, BLOCK_T):
+        o_t = t + tl.arange(0, BLOCK_T)
+        m_td = (o_t < count)[:, None] & (o_d < D)[None, :]
+        p_block = p_queries + o_t.to(tl.int64)[:, None] * stride_token + o_d[None, :]
+        b_delta = tl.load(p_block, mask=m_td, other=0.0).to(tl.float32) - b_mean[None, :]
+        b_delta = tl.where(m_td, b_delta, 0.0)  # [BT, BD]
+        b_far = tl.sum(b_delta * b_delta * b_weight[None, :], 1)  # [BT]
+        tl.store(p_out + o_t, b_far, mask=o_t < count)
