@@ -47,26 +47,28 @@ def _distance_kernel(  # type: ignore[no-untyped-def]
     i_s, i_h = tl.program_id(0), tl.program_id(1)
     heads = tl.num_programs(1)
     count = tl.minimum(tl.load(p_count + i_s), longest)
-    i_page = tl.load(p_page + i_s).to(tl.int64)
     if count <= 1:
+        return
+    p_row = p_out + (i_s * heads + i_h).to(tl.int64) * longest
+    i_page = tl.load(p_page + i_s).to(tl.int64)
+    i_row = tl.maximum(i_page, 0) * heads  # page 0 in place of none
+    if (i_page < 0) | (tl.load(p_seen + i_row + i_h) < warm_up):
+        for t in range(0, count, BLOCK_T):
+            o_t = t + tl.arange(0, BLOCK_T)
+            tl.store(p_row + o_t, tl.zeros([BLOCK_T], dtype=tl.float32), mask=o_t < count)
         return
     o_d = tl.arange(0, BLOCK_D)
     m_d = o_d < D
-    i_row = tl.maximum(i_page, 0) * heads
-    # Page 0 stands in for none, which weighs nothing.
-    is_known = (i_page >= 0) & (tl.load(p_seen + i_row + i_h) >= warm_up)
     b_total = tl.zeros([BLOCK_D], dtype=tl.float32)
     for g in range(SHARING):
-        p_row = p_variances + (i_row + i_h // SHARING * SHARING + g) * D
-        b_total += tl.load(p_row + o_d, mask=m_d, other=0.0)
+        o_g = (i_row + i_h // SHARING * SHARING + g) * D + o_d
+        b_total += tl.load(p_variances + o_g, mask=m_d, other=0.0)
     floor = tl.sum(b_total, 0) / (SHARING * D) / 100 + TINY
     o_row = (i_row + i_h) * D + o_d
     b_weight = 1.0 / (tl.load(p_variances + o_row, mask=m_d, other=0.0) + floor)  # [BD]
-    b_weight = tl.where(is_known, b_weight, 0.0)
-    b_mean = tl.load(p_means + o_row, mask=o_d < tl.where(is_known, D, 0), other=0.0)
+    b_mean = tl.load(p_means + o_row, mask=m_d, other=0.0)
     start = tl.load(p_start + i_s).to(tl.int64)
     p_head = p_queries + start * stride_token + i_h.to(tl.int64) * stride_head
-    p_row = p_out + (i_s * heads + i_h).to(tl.int64) * longest
     store_distances(p_head, stride_token, count, b_mean, b_weight, p_row, D, BLOCK_T, BLOCK_D)
 
 

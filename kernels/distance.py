@@ -77,13 +77,17 @@ def store_distances(  # type: ignore[no-untyped-def]
     p_queries, stride_token, count, b_mean, b_weight, p_out,
     D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """``out[t] = sum_d (query_td - mean_d)^2 * weight_d`` for ``count`` queries of one head."""
+    """``out[t] = sum_d (query_td - mean_d)^2 * weight_d`` for ``count`` queries of one head.
+
+    Mean and weight are ``[BD]``; behind the head size the mean is 0.
+    """
     o_d = tl.arange(0, BLOCK_D)
     for t in range(0, count, BLOCK_T):
         o_t = t + tl.arange(0, BLOCK_T)
         m_td = (o_t < count)[:, None] & (o_d < D)[None, :]
         p_block = p_queries + o_t.to(tl.int64)[:, None] * stride_token + o_d[None, :]
-        b_delta = tl.load(p_block, mask=m_td, other=0.0).to(tl.float32) - b_mean[None, :]
-        b_delta = tl.where(m_td, b_delta, 0.0)  # [BT, BD]
+        b_delta = (
+            tl.load(p_block, mask=m_td, other=0.0).to(tl.float32) - b_mean[None, :]
+        )  # [BT, BD]
         b_far = tl.sum(b_delta * b_delta * b_weight[None, :], 1)  # [BT]
         tl.store(p_out + o_t, b_far, mask=o_t < count)

@@ -20,7 +20,7 @@ from kvplug.kernels.compile_check import Variant
 from kvplug.kernels.far_pages import FarPages, far_limit, far_pages
 from kvplug.kernels.popcount import popcount64
 
-BLOCK_WORDS = 2048
+BLOCK_WORDS = 1024
 """Words that a program keeps in registers while every probe passes over them."""
 BLOCK_EXCESS = 512
 """Pages of a program of the second launch."""
@@ -71,12 +71,9 @@ def _nearest_kernel(  # type: ignore[no-untyped-def]
         if p_several is not None:  # noqa: SIM102 - decided when compiled, the other when run
             if is_several:
                 tl.store(p_nearest + i_probe * num_pages + o_n, b_near.to(tl.uint8), mask=m_n)
-                tl.atomic_add(p_sums + i_probe, tl.sum(tl.where(m_n, b_near, 0)))
+                tl.atomic_add(p_sums + i_probe, tl.sum(tl.where(m_n, b_near, 0)), sem="relaxed")
     b_scores = tl.where(m_n, (64 - b_best).to(tl.float32), float("-inf"))
-    m_out = o_n < num_pages
-    if p_several is not None:
-        m_out = m_out & (o_n >= tl.where(is_several, limit, 0))
-    tl.store(p_out, b_scores, mask=m_out)
+    tl.store(p_out, b_scores, mask=o_n < num_pages)  # of several tokens: to be overwritten
 
 
 @triton.jit
@@ -189,7 +186,10 @@ COMPILED = (
     ),
     Variant(
         _nearest_kernel, f"{_INDEX} i32 i32 i32",
-        {"p_several": None, "p_nearest": None, "p_sums": None, "PAGE": 32, "BLOCK_N": 64},
+        {
+            "p_several": None, "p_nearest": None, "p_sums": None,
+            "PAGE": 32, "BLOCK_N": BLOCK_WORDS // 32,
+        },
     ),
     Variant(
         _excess_kernel, "*i32 *i32 *i32 *fp32 *i1 *u8 *i32 i32 i32", {"BLOCK_N": BLOCK_EXCESS}

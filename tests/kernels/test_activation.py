@@ -30,6 +30,7 @@ LONGEST, WARM_UP = 40, 16
 
 def seen_of(heads: int, dim: int, device: str, page: list[int]) -> Seen:
     counts = torch.full((4, heads), 64.0)
+    counts[0] = WARM_UP
     counts[1] = WARM_UP - 1
     counts[3, 0] = 0  # one head sits out
     return Seen(
@@ -43,7 +44,7 @@ def seen_of(heads: int, dim: int, device: str, page: list[int]) -> Seen:
 def means_of(
     windows: QueryWindows, seen: Seen, kv_heads: int, shares: int, sharpness: float
 ) -> list[torch.Tensor]:
-    """``[S, Hk, G, D]`` by the kernel, in float32 and in float64; unused rows are 0."""
+    """``[S, Hk, G, D]`` by the kernel, in float32 and in float64; others are -7."""
     num, (_, heads, dim) = len(windows.num_tokens), windows.queries.shape
     device = windows.queries.device
     results = []
@@ -55,7 +56,7 @@ def means_of(
         distances = torch.empty(num, heads, LONGEST, device=device)
         weights = torch.empty(num, shares, LONGEST, device=device)
         shape = num, kv_heads, heads // kv_heads, dim
-        vectors = torch.zeros(shape, dtype=dtype, device=device)
+        vectors = torch.full(shape, -7, dtype=dtype, device=device)
         launch(windows, seen, WARM_UP, sharpness, distances, weights, vectors)
         results.append(vectors)
     return results
@@ -72,7 +73,7 @@ def test_accuracy(
     found, plain, exact = means_of(windows, seen, kv_heads, shares, 1.0)
     # A weight is rounded a few times, and so is what it weighs.
     assert_accurate(found, plain, exact, 8 * EPS * windows.queries.abs().max().item())
-    assert (found[1] == 0).all()
+    assert (found[1] == -7).all()
 
 
 @pytest.mark.parametrize("sharpness", [0.0, 0.5, 1.0, 4.0])
@@ -112,6 +113,27 @@ def test_a_query_that_is_no_number_weighs_nothing(value: float, device: str) -> 
     assert marked.isfinite().all()
     assert not torch.equal(marked, found)
     assert (marked.double() - exact).abs().max() <= 64 * EPS * 10
+
+
+def test_a_sharpness_of_0_gives_the_mean_query(device: str) -> None:
+    """A token on the mean of all before it, with a bias of 0, counts like any other."""
+    windows = query_windows([9], 1, 64, torch.float32, device)
+    seen = seen_of(1, 64, device, [0])
+    windows.queries[3] = seen.means[0]
+    found, _, _ = means_of(windows, seen, 1, 1, 0.0)
+    mean = windows.of(0).double().mean(0)
+    assert (found[0, 0] - mean).abs().max() <= 16 * EPS * windows.queries.abs().max()
+
+
+def test_a_head_that_is_not_warm_has_no_say(device: str) -> None:
+    """Nor has a NaN of its queries in what the others weigh; its own mean is NaN."""
+    windows = query_windows([9], 2, 64, torch.float32, device)
+    seen = seen_of(2, 64, device, [3])
+    found, _, _ = means_of(windows, seen, 1, 1, 1.0)
+    windows.queries[4, 0, 7] = torch.nan
+    marked, _, _ = means_of(windows, seen, 1, 1, 1.0)
+    assert torch.equal(marked[0, 0, 1], found[0, 0, 1])
+    assert marked[0, 0, 0, 7].isnan()
 
 
 def test_before_the_warm_up_all_weigh_alike(device: str) -> None:

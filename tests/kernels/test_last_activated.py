@@ -109,6 +109,16 @@ def test_of_equal_tokens_the_first_are_chosen(value: float, device: str) -> None
     assert torch.equal(vectors[0, 0], expected)
 
 
+def test_a_head_whose_queries_are_equal_says_nothing(device: str) -> None:
+    windows = query_windows([12], 2, 64, torch.float32, device)
+    windows.queries[:, 0] = 1.5
+    assert_apart(windows, 1, 1, 3)
+    found, _, expected, _ = choose(windows, 1, 1, 3, torch.float32)
+    assert torch.equal(found, expected)
+    order = activation_bias(windows.queries[:, 1:])[:11].argsort(descending=True)
+    assert torch.equal(found[0, 0, 3::2], windows.queries[order[:3], 1])
+
+
 def test_what_cannot_be_chosen_is_refused(device: str) -> None:
     windows = query_windows([9], 6, 64, torch.float32, device)
     vectors = torch.zeros(1, 2, 24, 64, device=device)

@@ -92,6 +92,14 @@ def test_means_are_rounded_to_nearest_and_ties_to_even(device: str) -> None:
     assert means[0, 0, 3::4].isnan().all()
 
 
+def test_a_mean_is_nan_whatever_bits_its_nan_has(device: str) -> None:
+    """NVIDIA's has all of them set, which rounding would carry over into the sign."""
+    bits = torch.full((1, 16, 1, 64), 0x7FFFFFFF, dtype=torch.int32, device=device)
+    means = torch.empty(1, 1, 64, dtype=torch.bfloat16, device=device)
+    page_statistics(bits.view(torch.float32), torch.zeros_like(bits[0, :1, 0, 0]), means)
+    assert means.isnan().all()
+
+
 def test_bounds_are_those_of_the_index_on_cpu(device: str) -> None:
     shape = layer_shape(num_pages=7, page=16, head_dim=64)
     index = MinMaxIndex(Layer(shape, {}, KeyCache(shape).reader()))
