@@ -36,6 +36,17 @@ class Seen(NamedTuple):
     counts: torch.Tensor
     """``[pages, H]`` float32 queries seen."""
 
+    def check(self, windows: int, heads: int, dim: int) -> None:
+        """Refuses what kernels would read wrongly.
+
+        Raises:
+            ValueError: A tensor is of another shape, dtype or layout.
+        """
+        check("seen.page", self.page, (windows,), torch.int32)
+        check("seen.means", self.means, ("pages", heads, dim), torch.float32)
+        check("seen.variances", self.variances, tuple(self.means.shape), torch.float32)
+        check("seen.counts", self.counts, tuple(self.means.shape[:2]), torch.float32)
+
 
 @triton.jit
 def _distance_kernel(  # type: ignore[no-untyped-def]
@@ -182,10 +193,7 @@ def _check(
     check("weights", weights, (num, "shares", "W"), torch.float32)
     check_longest(weights.shape[2])
     check("distances", distances, (num, heads, weights.shape[2]), torch.float32)
-    check("seen.page", seen.page, (num,), torch.int32)
-    check("seen.means", seen.means, ("pages", heads, dim), torch.float32)
-    check("seen.variances", seen.variances, (len(seen.means), heads, dim), torch.float32)
-    check("seen.counts", seen.counts, (len(seen.means), heads), torch.float32)
+    seen.check(num, heads, dim)
     check_devices(vectors=vectors, weights=weights, distances=distances, **seen._asdict())
 
 

@@ -39,20 +39,34 @@ class QueryWindows(NamedTuple):
         Raises:
             ValueError: A tensor is of another shape, dtype, layout or device.
         """
-        check("queries", self.queries, ("T", "H", "D"), FLOATS, contiguous=False)
-        _, heads, dim = self.queries.shape
-        check_head_dim(dim)
-        own = (self.queries.dtype, torch.float32)
-        check("vectors", vectors, ("S", "Hk", "R", dim), own)
-        windows, kv_heads = vectors.shape[:2]
-        check("token_start", self.token_start, (windows,), torch.int32)
-        check("num_tokens", self.num_tokens, (windows,), torch.int32)
-        check_devices(vectors=vectors, **self._asdict())
+        windows, heads, dim = self.check_queries()
+        own = tuple(dict.fromkeys((self.queries.dtype, torch.float32)))
+        check("vectors", vectors, (windows, "Hk", "R", dim), own)
+        check_devices(vectors=vectors, queries=self.queries)
+        kv_heads = vectors.shape[1]
         require(
             heads % kv_heads == 0,
             f"Query heads must be a multiple of KV heads, not {heads} of {kv_heads}.",
         )
         return windows, heads, kv_heads, dim
+
+    def check_queries(self) -> tuple[int, int, int]:
+        """Refuses queries and windows that kernels would read wrongly.
+
+        Returns:
+            S, H and D.
+
+        Raises:
+            ValueError: A tensor is of another shape, dtype, layout or device.
+        """
+        check("queries", self.queries, ("T", "H", "D"), FLOATS, contiguous=False)
+        _, heads, dim = self.queries.shape
+        check_head_dim(dim)
+        check("num_tokens", self.num_tokens, ("S",), torch.int32)
+        windows = len(self.num_tokens)
+        check("token_start", self.token_start, (windows,), torch.int32)
+        check_devices(**self._asdict())
+        return windows, heads, dim
 
     def of(self, window: int) -> torch.Tensor:
         """``[c, H, D]`` queries of a window; waits for the device: for references."""

@@ -1,0 +1,130 @@
+"""Statistics of queries: those of all queries of the prompt, wherever its windows are cut."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kvplug.kernels.activation import Seen
+from kvplug.kernels.distance import QueryWindows
+from kvplug.kernels.query_statistics import (
+    Carried,
+    query_statistics,
+    query_statistics_reference,
+)
+from kvplug.probe.query_statistics import pooled_reference
+from tests.kernels.accuracy import EPS, assert_accurate
+from tests.kernels.queries import query_windows
+
+SHAPES = pytest.mark.parametrize(
+    ("heads", "dim", "dtype"),
+    [
+        (1, 64, torch.float32),
+        (3, 80, torch.float32),
+        (4, 128, torch.bfloat16),
+        (2, 96, torch.float16),
+        (8, 256, torch.bfloat16),
+    ],
+    ids=["d64", "d80", "d128-bf16", "d96-fp16", "d256-bf16"],
+)
+NUM_PAGES = 9
+
+
+def empty_state(heads: int, dim: int, page: list[int], device: str) -> Seen:
+    return Seen(
+        torch.tensor(page, dtype=torch.int32, device=device),
+        torch.empty(NUM_PAGES, heads, dim, device=device),
+        torch.empty(NUM_PAGES, heads, dim, device=device),
+        torch.empty(NUM_PAGES, heads, device=device),
+    )
+
+
+def carried_of(
+    starts: list[int], prefills: list[bool], here: list[int], also: list[int], device: str
+) -> Carried:
+    def column(values: list[int]) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.int32, device=device)
+
+    flags = torch.tensor(prefills, device=device)
+    return Carried(column(starts), flags, column(here), column(also))
+
+
+def watch(windows: QueryWindows, seen: Seen, carried: Carried) -> None:
+    _, heads, dim = windows.queries.shape
+    shape = len(windows.num_tokens), heads, 2, dim
+    query_statistics(windows, seen, carried, torch.empty(shape, device=windows.queries.device))
+
+
+@SHAPES
+def test_accuracy(heads: int, dim: int, dtype: torch.dtype, device: str) -> None:
+    """Two requests, one of one window, one of three and a decoded token that hands them on."""
+    windows = query_windows([40, 33, 1, 20, 1, 0], heads, dim, dtype, device)
+    prefills = [True, True, True, True, False, True]
+    carried = carried_of([0, 1, 5], prefills, [5, 2, 0, 3, 8, -1], [5, 2, 7, 3, 6, -1], device)
+    before = [-1, -1, 2, 7, 3, -1]
+    found = empty_state(heads, dim, before, device)
+    watch(windows, found, carried)
+    plain, exact = (empty_state(heads, dim, before, device) for _ in range(2))
+    exact = Seen(exact.page, *(x.double() for x in exact[1:]))
+    for state in (plain, exact):
+        query_statistics_reference(windows, state, carried, torch.empty(0))
+    largest = windows.queries.float().abs().max().item() ** 2
+    # A mean is rounded a few times, a variance is a mean of squares.
+    for mine, theirs, truth in zip(found[1:3], plain[1:3], exact[1:3], strict=True):
+        written = [5, 2, 0, 7, 3, 8, 6]
+        assert_accurate(mine[written], theirs[written], truth[written], 4 * EPS * largest)
+        assert mine[[1, 4]].isnan().all(), "no window left anything here"
+    assert torch.equal(found.counts[[5, 2, 0, 7, 3, 8, 6], 0].cpu(),
+                       torch.tensor([40.0, 33, 34, 34, 54, 54, 54]))  # fmt: skip
+
+
+def test_they_are_those_of_the_whole_prompt(device: str) -> None:
+    """And those of the twin on CPU, which the paper's update gives."""
+    windows = query_windows([16, 16, 16, 5], 3, 64, torch.float32, device)
+    windows.queries.add_(3)  # a mean that is not small beside the spread
+    carried = carried_of([0, 4], [True] * 4, [0, 1, 2, 3], [0, 1, 2, 3], device)
+    seen = empty_state(3, 64, [-1, 0, 1, 2], device)
+    watch(windows, seen, carried)
+    every = torch.cat([windows.of(s) for s in range(4)]).double()
+    cut = [windows.of(s).cpu() for s in range(4)]
+    mean, variance, count = pooled_reference(cut)
+    torch.testing.assert_close(every.mean(0).cpu(), mean)
+    torch.testing.assert_close(every.var(0).cpu(), variance)
+    # Squares up to 144 are added up; their sum is known within a few roundings.
+    assert (seen.means[3].cpu() - mean).abs().max() <= 16 * EPS * 12
+    assert (seen.variances[3].cpu() - variance).abs().max() <= 16 * EPS * 144
+    assert (seen.counts[3] == count).all()
+
+
+# The interpreter warns of infinity less infinity.
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+@pytest.mark.parametrize("value", [torch.nan, torch.inf], ids=["nan", "infinite"])
+def test_a_head_sits_out_a_window_that_is_no_number(value: float, device: str) -> None:
+    windows = query_windows([16, 16], 2, 64, torch.float32, device)
+    windows.queries[20, 1, 5] = value
+    carried = carried_of([0, 2], [True, True], [0, 1], [0, 1], device)
+    seen = empty_state(2, 64, [-1, 0], device)
+    watch(windows, seen, carried)
+    assert seen.counts[1].tolist() == [32, 16]
+    assert torch.equal(seen.means[1, 1], seen.means[0, 1])
+    assert torch.equal(seen.variances[1, 1], seen.variances[0, 1])
+    assert not torch.equal(seen.means[1, 0], seen.means[0, 0])
+
+
+def test_one_query_has_no_variance(device: str) -> None:
+    windows = query_windows([1], 2, 64, torch.float32, device)
+    seen = empty_state(2, 64, [-1], device)
+    watch(windows, seen, carried_of([0, 1], [True], [4], [4], device))
+    assert torch.equal(seen.means[4], windows.queries[0])
+    assert (seen.variances[4] == 0).all()
+
+
+def test_what_cannot_be_written_is_refused(device: str) -> None:
+    windows = query_windows([9], 2, 64, torch.float32, device)
+    seen = empty_state(2, 64, [-1], device)
+    carried = carried_of([0, 1], [True], [0], [0], device)
+    moments = torch.empty(1, 2, 2, 64, device=device)
+    with pytest.raises(ValueError, match=r"moments must be float32 \[1, 2, 2, 64\]"):
+        query_statistics(windows, seen, carried, moments[:, :, :1])
+    with pytest.raises(ValueError, match=r"carried.here must be int32 \[1\]"):
+        query_statistics(windows, seen, carried._replace(here=seen.page.long()), moments)
