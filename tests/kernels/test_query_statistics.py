@@ -31,12 +31,10 @@ NUM_PAGES = 9
 
 
 def empty_state(heads: int, dim: int, page: list[int], device: str) -> Seen:
-    return Seen(
-        torch.tensor(page, dtype=torch.int32, device=device),
-        torch.empty(NUM_PAGES, heads, dim, device=device),
-        torch.empty(NUM_PAGES, heads, dim, device=device),
-        torch.empty(NUM_PAGES, heads, device=device),
-    )
+    """Before its first page lies another, which is nobody's."""
+    means, variances = torch.empty(2, NUM_PAGES + 1, heads, dim, device=device)[:, 1:]
+    counts = torch.empty(NUM_PAGES + 1, heads, device=device)[1:]
+    return Seen(torch.tensor(page, dtype=torch.int32, device=device), means, variances, counts)
 
 
 def carried_of(
@@ -52,15 +50,17 @@ def carried_of(
 def watch(windows: QueryWindows, seen: Seen, carried: Carried) -> None:
     _, heads, dim = windows.queries.shape
     shape = len(windows.num_tokens), heads, 2, dim
-    query_statistics(windows, seen, carried, torch.empty(shape, device=windows.queries.device))
+    # Moments of an earlier step, which a decoded token must not take for its own.
+    moments = torch.full(shape, 7.0, device=windows.queries.device)
+    query_statistics(windows, seen, carried, moments)
 
 
 @SHAPES
 def test_accuracy(heads: int, dim: int, dtype: torch.dtype, device: str) -> None:
-    """Two requests, one of one window, one of three and a decoded token that hands them on."""
+    """One window, three and a decoded token that hands them on, and one that leaves nothing."""
     windows = query_windows([40, 33, 1, 20, 1, 0], heads, dim, dtype, device)
     prefills = [True, True, True, True, False, True]
-    carried = carried_of([0, 1, 5], prefills, [5, 2, 0, 3, 8, -1], [5, 2, 7, 3, 6, -1], device)
+    carried = carried_of([0, 1, 5, 6], prefills, [5, 2, 0, 3, 8, -1], [5, 2, 7, 3, 6, -1], device)
     before = [-1, -1, 2, 7, 3, -1]
     found = empty_state(heads, dim, before, device)
     watch(windows, found, carried)
@@ -74,6 +74,8 @@ def test_accuracy(heads: int, dim: int, dtype: torch.dtype, device: str) -> None
         written = [5, 2, 0, 7, 3, 8, 6]
         assert_accurate(mine[written], theirs[written], truth[written], 4 * EPS * largest)
         assert mine[[1, 4]].isnan().all(), "no window left anything here"
+    before_the_first = found.counts.as_strided((heads,), (1,), 0)
+    assert before_the_first.isnan().all(), "a window that writes nothing wrote to page -1"
     assert torch.equal(found.counts[[5, 2, 0, 7, 3, 8, 6], 0].cpu(),
                        torch.tensor([40.0, 33, 34, 34, 54, 54, 54]))  # fmt: skip
 
@@ -96,9 +98,9 @@ def test_they_are_those_of_the_whole_prompt(device: str) -> None:
     assert (seen.counts[3] == count).all()
 
 
-# The interpreter warns of infinity less infinity.
-@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
-@pytest.mark.parametrize("value", [torch.nan, torch.inf], ids=["nan", "infinite"])
+# The interpreter warns of infinity less infinity, and of a square that is infinite.
+@pytest.mark.filterwarnings("ignore:(invalid value|overflow):RuntimeWarning")
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, 1e30], ids=["nan", "infinite", "huge"])
 def test_a_head_sits_out_a_window_that_is_no_number(value: float, device: str) -> None:
     windows = query_windows([16, 16], 2, 64, torch.float32, device)
     windows.queries[20, 1, 5] = value

@@ -155,11 +155,12 @@ def test_no_tokens_write_nothing(device: str) -> None:
         ({"keys": torch.zeros(4, 2, 128)[:, :, ::2]}, "contiguous in the last dimension"),
         ({"keys": torch.zeros(4, 2, 72)}, "Head size must be one of"),
         ({"slots": torch.zeros(4, dtype=torch.int32)}, r"slots must be int64 \[4\]"),
+        ({"slots": torch.zeros(4, dtype=torch.int64, device="meta")}, "must be on one device"),
         ({"planes": torch.zeros(2, 64, 32)}, r"planes must be float32 \[2, 64, 64\]"),
         ({"words": torch.zeros(9, 2, 16)}, r"words must be int64 \[pages, 2, P\]"),
         ({"words": torch.zeros(9, 2, 24, dtype=torch.int64)}, "Page size must be one of"),
     ],
-    ids=["dtype", "strides", "head-size", "slots", "planes", "words", "page"],
+    ids=["dtype", "strides", "head-size", "slots", "device", "planes", "words", "page"],
 )
 def test_what_cannot_be_read_is_refused(changed: dict[str, Any], sentence: str) -> None:
     given = {
