@@ -13,10 +13,10 @@ from kvplug.windows import cut_windows
 SIZES = pytest.mark.parametrize(
     "regions",
     [
-        Regions(16, 2, 48, 3, 100),
+        Regions(16, 2, 48, 3, 200),
         Regions(32, 0, 1, 0, 0),
         Regions(64, 3, 100, 1, 0),
-        Regions(128, 1, 200, 2, 700),
+        Regions(128, 1, 200, 2, 900),
     ],
     ids=["page16", "nothing-kept", "no-dense-contexts", "page128"],
 )
