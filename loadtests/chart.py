@@ -45,8 +45,8 @@ def chart(title: str, x_label: str, y_label: str, lines: Sequence[Line], marks: 
     places += [(x, y) for line in lines for x, low, high in line.bands for y in (low, high)]
     if not places:
         return ""
-    across = _Axis([x for x, _ in places], LEFT, WIDTH - RIGHT)
-    up = _Axis([y for _, y in places], HEIGHT - BOTTOM, TOP)
+    across = Axis([x for x, _ in places], LEFT, WIDTH - RIGHT)
+    up = Axis([y for _, y in places], HEIGHT - BOTTOM, TOP)
     parts = [_grid(across, up, x_label, y_label)]
     for line in lines:
         parts.append(_line(line, across, up))
@@ -60,10 +60,11 @@ def chart(title: str, x_label: str, y_label: str, lines: Sequence[Line], marks: 
     )
 
 
-class _Axis:
+class Axis:
     """Values from 0, or from below it, to a round number; their places on the page."""
 
     def __init__(self, values: Sequence[float], start: float, end: float) -> None:
+        """Holds ``values`` between the places ``start`` and ``end``."""
         self._start, self._end = start, end
         self.low = min(0.0, *values)
         high = max(*values, self.low)
@@ -71,10 +72,12 @@ class _Axis:
         self.high = self.low + self.step * math.ceil(((high - self.low) or 1.0) / self.step - 1e-9)
 
     def at(self, value: float) -> float:
+        """A value's place."""
         share = (value - self.low) / (self.high - self.low)
         return self._start + share * (self._end - self._start)
 
     def ticks(self) -> list[float]:
+        """Round values, both ends among them."""
         return [
             self.low + i * self.step for i in range(round((self.high - self.low) / self.step) + 1)
         ]
@@ -86,7 +89,7 @@ def _round_step(span: float) -> float:
     return max(factor * power for factor in (1, 2, 5) if factor * power <= span / 4)
 
 
-def _grid(across: _Axis, up: _Axis, x_label: str, y_label: str) -> str:
+def _grid(across: Axis, up: Axis, x_label: str, y_label: str) -> str:
     """Lines, numbers and labels."""
     parts = []
     for tick in up.ticks():
@@ -110,7 +113,7 @@ def _grid(across: _Axis, up: _Axis, x_label: str, y_label: str) -> str:
     return "".join(parts)
 
 
-def _line(line: Line, across: _Axis, up: _Axis) -> str:
+def _line(line: Line, across: Axis, up: Axis) -> str:
     """Points of one server."""
     colour = f"c{line.order % COLOURS}"
     places = [f"{across.at(x):.1f} {up.at(y):.1f}" for x, y in line.points]
