@@ -55,6 +55,6 @@ def _at(
 ) -> NDArray[np.float64]:
     """Quantiles of sorted, weighted values."""
     sums = np.cumsum(weights)
-    # A hair less than the share: 0.95 x 20 must be 19 values, not 19.000000000000004.
+    # A hair less than the share: 0.07 x 100 must be 7 values, not 7.000000000000001.
     wanted = np.asarray(shares) * sums[-1] - 1e-9
     return values[np.minimum(np.searchsorted(sums, wanted), len(values) - 1)]

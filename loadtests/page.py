@@ -22,7 +22,9 @@ body{font:15px/1.45 system-ui,sans-serif;margin:2rem auto;max-width:74rem;paddin
 color:var(--ink);background:var(--paper)}
 table{border-collapse:collapse;margin:.6rem 0 1.4rem;font-variant-numeric:tabular-nums}
 td,th{padding:.2rem .7rem;text-align:right;border-bottom:1px solid var(--soft)}
-td:first-child,th:first-child,.left td{text-align:left}
+td{white-space:nowrap}.left td{white-space:normal}
+td:first-child,th:first-child,.two td:nth-child(2),.two th:nth-child(2),.left td,.left th{
+text-align:left}
 .ok{color:var(--ok)}.bad{color:var(--bad);font-weight:600}
 .banner{border-left:6px solid var(--bad);padding:.6rem 1rem;background:#b3261e1a}
 .charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(24rem,1fr));gap:1rem}
@@ -49,10 +51,10 @@ def page(report: Report, records: Sequence[Record], samples: Sequence[dict[str, 
     """
     title = f"kvplug load: {', '.join(report.run.setups)}"
     parts = [
-        _banners(report), _trust(report), _totals(report), _pairs(report),
-        _percentiles(report.summaries), _knees(report),
+        _banners(report), _trust(report), _pairs(report), _totals(report), _knees(report),
         _section("Distributions", f"<div class=charts>{charts(report, records)}</div>"),
-        _failures(records), _foreign(report), _kv(report, samples), _environment(report),
+        _percentiles(report.summaries), _failures(records), _foreign(report),
+        _kv(report, samples), _environment(report),
     ]  # fmt: skip
     return (
         f"<!doctype html><html lang=en><meta charset=utf-8>"
@@ -67,7 +69,13 @@ def _section(title: str, body: str, words: str = "") -> str:
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[object]], kind: str = "") -> str:
-    """A table of text; cells that are marked up already begin with ``<``."""
+    """A table.
+
+    Args:
+        head: Names of columns.
+        rows: Cells; those of :class:`Markup` are taken as they are.
+        kind: ``two``: words in the second column as in the first; ``left``: in all.
+    """
     lines = ["<tr>" + "".join(f"<td>{_cell(cell)}</td>" for cell in row) + "</tr>" for row in rows]
     if not lines:
         return ""
@@ -106,7 +114,8 @@ def _trust(report: Report) -> str:
         for check in report.checks
     ]  # fmt: skip
     return _section(
-        "Can the client be believed?", table(("about", "what", "found", "limit", "fine"), rows),
+        "Can the client be believed?",
+        table(("about", "what", "found", "limit", "fine"), rows, "two"),
         "Errors are the client's times less the known delays of a fake server, measured before "
         "the run by the same client processes.",
     )  # fmt: skip
@@ -130,7 +139,7 @@ def _totals(report: Report) -> str:
     settings = report.run.settings
     unit = "users" if settings.loop == "closed" else f"requests/s, {settings.process} arrivals"
     return _section(
-        "Throughput and goodput", table(head, rows),
+        "Throughput and goodput", table(head, rows, "two"),
         f"{settings.loop} loop, shape {settings.shape}, levels "
         f"{', '.join(f'{level:g}' for level in settings.levels)} {unit}, workload "
         f"{settings.workload}, lengths {settings.lengths}. Good requests: "
@@ -180,10 +189,10 @@ def _percentiles(summaries: Sequence[Summary]) -> str:
              *(interval(getattr(s, name).get(share), scale, unit) for share in SHARES))
             for s in summaries
         ]  # fmt: skip
-        parts.append(_section(title, table(("server", "load", *SHARES), rows), words))
+        parts.append(_section(title, table(("server", "load", *SHARES), rows, "two"), words))
     rows = [(s.setup, s.scope, f"{s.token_by_token:.1%}", f"{s.zero_gaps:.1%}") for s in summaries]
     head = ("server", "load", "requests whose pieces are tokens", "gaps of nothing")
-    return "".join(parts) + table(head, rows)
+    return "".join(parts) + table(head, rows, "two")
 
 
 def _knees(report: Report) -> str:

@@ -14,6 +14,11 @@ def test_quantiles_of_hand_made_values() -> None:
     assert all(i.low <= i.value <= i.high for i in found)
 
 
+def test_rounding_takes_no_value_more() -> None:
+    """0.07 x 100 is a hair above 7."""
+    assert quantiles([[float(i)] for i in range(1, 101)], [0.07])[0].value == 7
+
+
 def test_all_values_of_a_request_count() -> None:
     groups = [[1.0, 1.0, 1.0, 1.0], [], [9.0]]
     (found,) = quantiles(groups, [0.8])
