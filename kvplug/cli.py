@@ -16,7 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 from typer.core import TyperGroup
 
-from kvplug.config import KvplugConfig, json_object
+from kvplug.config import DEFAULT_POLICY, KvplugConfig, json_object
 from kvplug.errors import KvplugError
 from kvplug.evals.command import command
 
@@ -130,7 +130,7 @@ def serve(
 @app.command()
 def demo(
     context: Annotated[int, typer.Option(help="Length of the document in tokens.")] = 32768,
-    policy: Annotated[str, typer.Option(help="Recipe.")] = "simhash",
+    policy: Annotated[str, typer.Option(help="Recipe.")] = DEFAULT_POLICY,
     budget: Annotated[int, typer.Option(help="Far tokens per window and KV head.")] = 512,
     offload: Annotated[
         Literal["disk"] | None,
@@ -181,7 +181,7 @@ def demo_words(result: dict[str, Any]) -> str:
 @benches.command("policies")
 def bench(
     model: ModelOption = "recall",
-    policies: Annotated[str, typer.Option(help="Recipes, with commas.")] = "simhash",
+    policies: Annotated[str, typer.Option(help="Recipes, with commas.")] = DEFAULT_POLICY,
     contexts: ContextsOption = "4096,32768",
     batches: Annotated[str, typer.Option(help="Requests at once, with commas.")] = "1",
     repeats: RepeatsOption = 3,

@@ -14,6 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from kvplug.errors import KvplugError, nearest_name
 
+DEFAULT_POLICY = "channels"
+"""What docs/quality.md chose."""
 DENSE_LAYERS_FROM = 8
 """``dense_layers: "auto"`` keeps two layers dense in models with at least this many layers."""
 
@@ -41,7 +43,7 @@ class KvplugConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
-    policy: str = Field("simhash", description="recipe that chooses pages")
+    policy: str = Field(DEFAULT_POLICY, description="recipe that chooses pages")
     budget: int = Field(2048, gt=0, description="far tokens attended per window and KV head")
     sink: int = Field(64, ge=0, description="first tokens, always attended; rounded up to pages")
     local: int = Field(512, gt=0, description="last tokens, always attended; rounded up to pages")

@@ -68,6 +68,7 @@ class LayerStages:
         self.select: Select = stages.select.for_layer(layer)
         self.memories: list[Memory] = [*layer.memories.values(), self.index]
         self.watchers = [m for m in self.memories if type(m).watch is not Memory.watch]
+        self.beginners = [m for m in self.memories if type(m).begin is not Memory.begin]
         self.sealers = [m for m in self.memories if type(m).seal is not Memory.seal]
         self.forgetters = [m for m in self.memories if type(m).forget is not Memory.forget]
         self.pending = PendingTokens(layer.shape) if self.watchers else None
@@ -221,6 +222,8 @@ class Pipeline:
         if plan.table is None:
             return
         sealed = self._sealed(plan.step)
+        for memory in layer.beginners if len(sealed.begun) else ():
+            memory.begin(sealed, plan.step, self.workspace)
         for memory in layer.sealers if len(sealed.pages) else ():
             memory.seal(sealed, plan.step, self.workspace)
         self._select(layer, passage.queries, plan.step, plan.table)

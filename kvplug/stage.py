@@ -48,6 +48,8 @@ class LayerShape(NamedTuple):
     """Place of the layer among those that retrieve, from 0."""
     window: int
     """Query tokens per window."""
+    local: int
+    """Tokens before a window's first query, itself included, that are always attended."""
     scale: float
     """Of the layer's logits, ``1 / sqrt(D)`` in most models."""
 
@@ -121,6 +123,18 @@ class Memory:
 
         Called in every step, dense ones included. What it stores for a window may depend on
         nothing behind that window, for a chunk may hold later ones (design rule 4).
+        """
+
+    def begin(self, sealed: Sealing, step: Step, workspace: Workspace) -> None:
+        """Learns from the first tokens of contexts before their pages are sealed or scored.
+
+        What it stores belongs to the context's first page. The default does nothing.
+
+        Args:
+            sealed: ``sealed.begun`` are the contexts, at least one. Their first ``local`` tokens
+                are in the cache; of those behind, some may not be.
+            step: The step that retrieves from them.
+            workspace: Where buffers live.
         """
 
     def seal(self, sealed: Sealing, step: Step, workspace: Workspace) -> None:

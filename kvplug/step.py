@@ -26,6 +26,9 @@ class Sealing(NamedTuple):
     """``[n]`` their numbers in the context of the window that seals them."""
     starts: Ints
     """``[S + 1]`` first entry of each window of ``step.windows``, then n."""
+    begun: Ints = np.empty(0, np.int32)
+    """Rows of the batch whose contexts are retrieved from for the first time since their first page
+    was written, each once."""
 
 
 class Step:

@@ -42,6 +42,8 @@ class KeyCache:
     def seal(self, step: Step, *memories: Memory) -> None:
         """The step's windows seal what they leave behind."""
         sealed = self.seals.seal(step, self.workspace)
+        for memory in memories if len(sealed.begun) else ():
+            memory.begin(sealed, step, self.workspace)
         for memory in memories if len(sealed.pages) else ():
             memory.seal(sealed, step, self.workspace)
 
@@ -60,5 +62,8 @@ def fill(index: Any, keys: torch.Tensor, pages: torch.Tensor) -> None:
     index._reader = cache.reader().transposed()
     count, physical = len(pages), pages.to(torch.int32)
     ascending = np.arange(count, dtype=np.int32)
-    sealed = Sealing(physical.numpy(), ascending, np.array([0, count], np.int32))
-    index.seal(sealed, step_of([Far(0, 0, count)], physical[None].contiguous()), cache.workspace)
+    starts, begun = np.array([0, count], np.int32), np.zeros(1, np.int32)
+    sealed = Sealing(physical.numpy(), ascending, starts, begun)
+    step = step_of([Far(0, 0, count)], physical[None].contiguous())
+    index.begin(sealed, step, cache.workspace)
+    index.seal(sealed, step, cache.workspace)

@@ -36,6 +36,8 @@ POLICY_CASES = [
     PolicyCase("dense", {}, retrieves=False, always_dense=True),
     PolicyCase("streaming", {}, retrieves=False),
     PolicyCase("quest", {}),
+    PolicyCase("channels", {}),
+    PolicyCase("channels", {"bits": 64, "last": 2, "active": 3}),
     PolicyCase("simhash", {}),
     PolicyCase("simhash", {"last": 1, "active": 0}),
     PolicyCase("simhash", {"last": 3, "active": 7}),

@@ -65,7 +65,7 @@ def layer_shape(**changed: Any) -> LayerShape:
     """A small layer's geometry, with whatever a test needs changed."""
     shape = LayerShape(
         num_pages=40, num_kv_heads=3, page=8, head_dim=HEAD_DIM, layer=1, first_kv_head=0, seed=0,
-        num_heads=6, num_layers=1, rank=0, window=16, scale=0.25,
+        num_heads=6, num_layers=1, rank=0, window=16, local=20, scale=0.25,
     )  # fmt: skip
     shape = shape._replace(**changed)
     if "num_heads" not in changed:

@@ -14,7 +14,7 @@ from kvplug.policies import make_stages
 
 # The table of the public interface.
 DEFAULTS = {
-    "policy": "simhash",
+    "policy": "channels",
     "budget": 2048,
     "sink": 64,
     "local": 512,

@@ -15,6 +15,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from kvplug.config import DEFAULT_POLICY
 from kvplug.errors import KvplugError
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ def command(progress: Progress, out: Console, numbers: Callable[[str], list[int]
         ] = None,
         policies: Annotated[
             str, typer.Option(help="Recipes or own setups; stock vLLM is always asked.")
-        ] = "simhash",
+        ] = DEFAULT_POLICY,
         setup: Annotated[
             list[str] | None,
             typer.Option(help="A setup of your own, LABEL=OPTIONS, kvplug's options as JSON."),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from kvplug.index.base import Index
 from kvplug.index.buckets import Buckets
+from kvplug.index.channels import Channels
 from kvplug.index.chunk_mean import ChunkMean
 from kvplug.index.minmax import MinMax
 from kvplug.index.representative import Representative
@@ -11,5 +12,5 @@ from kvplug.index.simhash import SimHash
 from kvplug.registry import Registry, registry_of
 
 INDEXES: Registry[type[Index]] = registry_of(
-    "index", Buckets, ChunkMean, MinMax, Representative, SimHash
+    "index", Buckets, Channels, ChunkMean, MinMax, Representative, SimHash
 )

@@ -60,12 +60,13 @@ class Seals:
         # Each page is named once, so this is enough; memory that is not written costs nothing.
         columns = workspace.take("sealing.pages", (2, self.flags.shape[0]), torch.int32).numpy()
         starts = workspace.take("sealing.starts", (len(windows) + 1,), torch.int32).numpy()
-        seal_pages(
+        begun = workspace.take("sealing.begun", (len(windows),), torch.int32).numpy()
+        begins = seal_pages(
             windows.request, windows.sparse, windows.far_begin, windows.far_end,
-            step.block_table_host, self._flags_host, columns[0], columns[1], starts,
+            step.block_table_host, self._flags_host, columns[0], columns[1], starts, begun,
         )  # fmt: skip
         count = int(starts[-1])
-        return Sealing(columns[0, :count], columns[1, :count], starts)
+        return Sealing(columns[0, :count], columns[1, :count], starts, begun[:begins])
 
 
 @njit(cache=True)
@@ -78,16 +79,18 @@ def _open_pages(slots, page, flags):  # type: ignore[no-untyped-def]
 
 @njit(cache=True)
 def seal_pages(  # type: ignore[no-untyped-def]
-    request, sparse, far_begin, far_end, block_table, flags, pages, logical, starts
+    request, sparse, far_begin, far_end, block_table, flags, pages, logical, starts, begun
 ):
-    """Fills a :class:`Sealing` and sets ``flags``.
+    """Fills a :class:`Sealing` and sets ``flags``; returns how many contexts begin.
+
+    A first page that is a sink is no page to summarise: its flag says that its context has begun.
 
     A request's first sparse window of the step looks at all of its far pages, a later one only at
     those behind the window before. Looking back to the nearest sealed page would not do: a prefix
     hit may join blocks of several requests, of which some ended before they sealed theirs. A look
     costs a byte, read in order.
     """
-    count = 0
+    count, begins = 0, 0
     for s in range(request.shape[0]):
         starts[s] = count
         if not sparse[s]:
@@ -96,6 +99,10 @@ def seal_pages(  # type: ignore[no-untyped-def]
         if s > 0 and request[s - 1] == request[s] and sparse[s - 1]:
             begin = max(begin, far_end[s - 1])
         mine = block_table[request[s]]
+        if flags[mine[0]] == 0:
+            begun[begins] = request[s]
+            begins += 1
+            flags[mine[0]] = far_begin[s] > 0
         for n in range(begin, far_end[s]):
             page = mine[n]
             if flags[page] == 0:
@@ -104,6 +111,7 @@ def seal_pages(  # type: ignore[no-untyped-def]
                 logical[count] = n
                 count += 1
     starts[request.shape[0]] = count
+    return begins
 
 
 def seal_pages_reference(step: Step, flags: torch.Tensor) -> list[list[tuple[int, int]]]:
@@ -115,6 +123,8 @@ def seal_pages_reference(step: Step, flags: torch.Tensor) -> list[list[tuple[int
     windows, sealed = step.windows, []
     for s in range(len(windows)):
         mine = step.block_table[int(windows.request[s])].tolist()
+        if windows.sparse[s] and int(windows.far_begin[s]) > 0:
+            flags[mine[0]] = 1
         far = range(int(windows.far_begin[s]), int(windows.far_end[s]) if windows.sparse[s] else 0)
         sealed.append([(mine[n], n) for n in far if flags[mine[n]] == 0])
         flags[[page for page, _ in sealed[-1]]] = 1

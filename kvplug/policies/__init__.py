@@ -10,6 +10,7 @@ from kvplug.errors import KvplugError
 from kvplug.fields import build, option_names
 from kvplug.policies.actqkv import ActQkv
 from kvplug.policies.base import Policy, Stages
+from kvplug.policies.channels import Channels
 from kvplug.policies.dense import Dense
 from kvplug.policies.emllm import EmLlm
 from kvplug.policies.hax import Hax
@@ -33,6 +34,7 @@ POLICIES.register("dense")(Dense)
 POLICIES.register("streaming")(Streaming)
 POLICIES.register("quest")(Quest)
 POLICIES.register("hcam")(Hcam)
+POLICIES.register("channels")(Channels)
 POLICIES.register("hax")(Hax)
 POLICIES.register("infllm")(InfLlm)
 POLICIES.register("simhash")(SimHash)

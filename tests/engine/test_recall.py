@@ -18,7 +18,7 @@ def recalled(run: Any, recall_model: str, tokenizer: Any) -> dict[str, int]:
     """Right answers of each recipe, of 24 over every depth, at 512 of 8,192 tokens."""
     prompts = needle_questions(tokenizer, CONTEXT, NEEDLES, seed=3)
     found = {}
-    for policy in ("simhash", "quest", "streaming"):
+    for policy in ("channels", "simhash", "quest", "streaming"):
         result = run(
             {
                 "kvplug": {"policy": policy, "budget": 512, "dense_below": 0},
@@ -34,8 +34,9 @@ def recalled(run: Any, recall_model: str, tokenizer: Any) -> dict[str, int]:
     return found
 
 
-def test_simhash_recalls_all(recalled):
-    assert recalled["simhash"] == NEEDLES
+@pytest.mark.parametrize("policy", ["channels", "simhash"])
+def test_a_recipe_that_knows_every_token_recalls_all(recalled, policy):
+    assert recalled[policy] == NEEDLES
 
 
 def test_streaming_recalls_only_what_is_near(recalled):

@@ -110,3 +110,20 @@ def test_any_write_opens_its_page(slot: int) -> None:
     assert seals.flags.tolist() == [1, 1, 1, 0, 1, 1]
     assert sealed_by(seals, step) == [[(3, 3)]]
     assert sealed_by(seals, step) == [[]]
+
+
+def begun_by(seals: Seals, step: Step) -> list[int]:
+    return seals.seal(step, Workspace()).begun.tolist()
+
+
+@pytest.mark.parametrize("sinks", [0, 2])
+def test_a_context_begins_when_it_is_first_retrieved_from(sinks: int) -> None:
+    """Once for requests that share its first page, and again when that is written to."""
+    table = torch.tensor([[4, 1, 2, 3, 5], [4, 1, 2, 3, 6], [7, 8, 9, 10, 11]], dtype=torch.int32)
+    far = [Far(0, sinks, 4), Far(0, sinks, 5), Far(1, sinks, 5), Far(2, 0, 5, sparse=False)]
+    seals, step = Seals(12), step_of(far, table)
+    assert begun_by(seals, step) == [0]
+    assert begun_by(seals, step) == []
+    assert begun_by(seals, step_of([Far(1, sinks, 5), Far(2, sinks, 5)], table)) == [2]
+    seals.reset(np.array([4 * 8 + 3]), 8)
+    assert begun_by(seals, step_of([Far(1, sinks, 5), Far(2, sinks, 5)], table)) == [1]
