@@ -19,6 +19,7 @@ from typer.core import TyperGroup
 from kvplug.config import DEFAULT_POLICY, KvplugConfig, json_object
 from kvplug.errors import KvplugError
 from kvplug.evals.command import command
+from kvplug.loadtests.command import load_app
 
 app = typer.Typer(
     name="kvplug",
@@ -338,6 +339,7 @@ def numbers(text: str, least: int = 1) -> list[int]:
 
 
 app.command("eval")(command(progress, out, numbers))
+app.add_typer(load_app(progress, out), name="load")
 
 
 @app.command()

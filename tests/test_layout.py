@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-LINKED = ("kernels", "patches", "serve")
+LINKED = ("kernels", "loadtests", "patches", "serve")
 
 # A part of kvplug may import parts of its own rank and below. A part is the first name under
 # kvplug: a module or a folder. A new part gets a line here.
@@ -34,7 +34,7 @@ RANKS: tuple[tuple[str, ...], ...] = (
     ("patches",),
     ("plugin",),
     ("models", "serve", "doctor"),
-    ("bench", "demo", "evals"),
+    ("bench", "demo", "evals", "loadtests"),
     ("cli", "__main__"),
 )
 RANK = {part: rank for rank, parts in enumerate(RANKS) for part in parts}

@@ -89,8 +89,8 @@ install_kvplug() {
         "$VENV_PY" -c 'import importlib.metadata as m; print("torch==" + m.version("torch"))' >"$constraints"
         say "$(<"$constraints") is in; nothing below may replace it"
     fi
-    say "installing kvplug[$device,dev,eval]; vLLM is the large part, expect some minutes"
-    pip install -qq --no-build-isolation --constraint "$constraints" --editable ".[$device,dev,eval]"
+    say "installing kvplug[$device,dev,eval,loadtest]; vLLM is the large part, expect some minutes"
+    pip install -qq --no-build-isolation --constraint "$constraints" --editable ".[$device,dev,eval,loadtest]"
 }
 
 transformers_imports() { "$VENV_PY" -c 'from transformers import LlamaForCausalLM' >/dev/null 2>&1; }
