@@ -41,10 +41,10 @@ $(PEERS): tools/setup_peers.sh | setup
 LAB := .venv/bin/kvplug eval bundled --contexts 8192,32768 --write docs/quality.md
 
 quality: setup
-	$(LAB) --examples 2 --policies simhash,random-pages --budgets 1472 --answers out/quality.jsonl
+	$(LAB) --examples 2 --policies channels,random-pages --budgets 1472 --answers out/quality.jsonl
 
 quality-full: peers
-	$(LAB) --examples 20 --policies simhash,quest,hax,infllm,actqkv,emllm,hcam,random-pages --budgets 512,1472 \
+	$(LAB) --examples 20 --policies channels,simhash,quest,hax,infllm,actqkv,emllm,hcam,random-pages --budgets 512,1472 \
 		--peers snapkv,tova,expected_attention,knorm --answers out/quality-full.jsonl
 
 # ARGS passes options on: make test ARGS='-k layout -x'. One test process a core; a file's tests share one.

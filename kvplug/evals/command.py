@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from kvplug.evals.lab import Result
     from kvplug.evals.summary import Row
 
+MEASURED = "<!-- Measured: written by kvplug eval, words above this line are kept. -->"
 RECALL_TASKS = (
     "niah_single_1,niah_multikey_2,niah_multikey_3,niah_multivalue,niah_multiquery,vt,passkey,"
     "number_string,kv_retrieval,mqar,joint_recall,episodes"
@@ -182,7 +183,11 @@ def save(path: Path, text: str) -> None:
 
 
 def write_document(path: Path, results: list[Result]) -> None:
-    """Writes the Markdown page, and its plots into a folder beside it."""
+    """Writes the Markdown page, and its plots into a folder beside it.
+
+    What stands above the line :data:`MEASURED` in a page that is there already is kept: words that
+    someone wrote about the figures.
+    """
     from kvplug.evals import plots, report
     from kvplug.evals.lab import file_name
 
@@ -194,7 +199,9 @@ def write_document(path: Path, results: list[Result]) -> None:
             picture = Path(path.stem) / f"{file_name(result.settings.model)}-{name}.svg"
             save(path.parent / picture, draw(result.rows))
             pictures.setdefault(result.settings.model, []).append(picture.as_posix())
-    save(path, report.document(results, pictures, shlex.join(["kvplug", *sys.argv[1:]])))
+    page = report.document(results, pictures, shlex.join(["kvplug", *sys.argv[1:]]))
+    words, line, _ = path.read_text().partition(MEASURED) if path.exists() else ("", "", "")
+    save(path, f"{words}{MEASURED}\n\n{page}" if line else page)
 
 
 def show(out: Console, results: list[Result], as_json: bool) -> None:

@@ -6,7 +6,7 @@ bits the right page is among the best 16 of 1,000 in 36% of cases. What tells ke
 channels (Double Sparsity, Yang et al. 2024, arXiv 2408.07092, reads a few heavy channels of every
 key). So of every KV head the 32 channels with the largest variance are kept, each as two bits: the
 sign of its deviation from the mean, and whether that is more than one standard deviation. The same
-64 bits then find the page in 86% of cases, and 128 bits, of 64 channels, in 96%.
+64 bits then find the page in 89% of cases, and 128 bits, of 64 channels, in 96%.
 
 A probe is not reduced to bits. A code stands for deviations of -3/2, -1/2, 1/2 or 3/2, which is
 ``sign + extreme / 2`` with both bits as +-1, so its product with a probe is a weighted sum of bits;

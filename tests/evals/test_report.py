@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from typing import Any
 from xml.etree import ElementTree
 
 import pytest
@@ -11,7 +12,7 @@ from typer.testing import CliRunner
 
 from kvplug.cli import app
 from kvplug.errors import KvplugError
-from kvplug.evals.command import chosen_tasks, lowest, own_setups, write_document
+from kvplug.evals.command import MEASURED, chosen_tasks, lowest, own_setups, write_document
 from kvplug.evals.lab import Result
 from kvplug.evals.plan import Settings
 from kvplug.evals.records import Records
@@ -78,6 +79,18 @@ def test_plots_name_every_setup(result: Result, tmp_path_factory: pytest.TempPat
     before = (path.parent / name).read_bytes()
     write_document(path, [result])
     assert (path.parent / name).read_bytes() == before
+    assert path.read_text() == text
+
+
+def test_words_above_the_line_are_kept(result: Result, tmp_path_factory: Any) -> None:
+    path = tmp_path_factory.mktemp("docs") / "quality.md"
+    path.write_text(f"# Words\n\n{MEASURED}\n\nold figures\n")
+    for _ in range(2):
+        write_document(path, [result])
+        text = path.read_text()
+        assert text.startswith(f"# Words\n\n{MEASURED}\n\n# What retrieval costs")
+        assert "old figures" not in text
+        assert text.count("# What retrieval costs") == 1
 
 
 def test_the_lowest_share_decides(result: Result) -> None:
@@ -129,7 +142,7 @@ def test_fail_under_and_json(monkeypatch: pytest.MonkeyPatch) -> None:
     passed = CliRunner().invoke(app, arguments)
     assert passed.exit_code == 0
     rows = json.loads(passed.stdout.splitlines()[-1])
-    assert {row["setup"] for row in rows} == {"dense", "simhash@256"}
+    assert {row["setup"] for row in rows} == {"dense", "channels@256"}
     failed = CliRunner().invoke(app, [*arguments, "--fail-under", "0.99"])
     assert failed.exit_code == 1
     assert CliRunner().invoke(app, [*arguments, "--fail-under", "0.1"]).exit_code == 0
