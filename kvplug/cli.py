@@ -16,6 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 from typer.core import TyperGroup
 
+from kvplug.bench.kernels import command as kernel_command
 from kvplug.config import DEFAULT_POLICY, KvplugConfig, json_object
 from kvplug.errors import KvplugError
 from kvplug.evals.command import command
@@ -338,6 +339,7 @@ def numbers(text: str, least: int = 1) -> list[int]:
     return values
 
 
+benches.command("kernels")(kernel_command(progress, out, numbers))
 app.command("eval")(command(progress, out, numbers))
 app.add_typer(load_app(progress, out), name="load")
 

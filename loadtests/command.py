@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import shlex
+import signal
 import sys
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -238,7 +239,22 @@ def measure(
     made_by = shlex.join(["kvplug", *sys.argv[1:]])
     run, folder = Run(settings, slo, labels, environment(contenders, made_by)), Folder(path)
     folder.create(run)
-    ask(run, contenders, folder, build_tokenizer(), key, say)
+    with ended_politely():
+        ask(run, contenders, folder, build_tokenizer(), key, say)
+
+
+@contextmanager
+def ended_politely() -> Iterator[None]:
+    """Takes the signal to terminate as Ctrl-C: servers are ended, and what there is is kept."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def finish(path: Path, foreign: list[Any], out: Console, as_json: bool) -> None:

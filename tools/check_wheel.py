@@ -107,7 +107,7 @@ def main() -> int:
         # -I: neither the working directory nor PYTHONPATH may lend a module.
         apart = [name for name in wanted if name.startswith(APART)]
         for names in ([name for name in wanted if name not in apart], apart):
-            command = [python, "-I", "-c", IMPORT_ALL, *names]
+            command = [str(python), "-I", "-c", IMPORT_ALL, *names]
             if subprocess.run(command, cwd=folder, check=False).returncode:
                 return 1
     print(f"{wheel.name}: all {len(wanted)} modules import from a clean venv")

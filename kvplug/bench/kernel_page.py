@@ -61,8 +61,8 @@ to 8."""
 COMPILED = """\
 ## Compiled
 
-By `{command}` with {versions}, which needs no GPU: registers per thread, what was spilled of them \
-(bytes; on AMD GPUs vector registers), bytes of shared memory per program."""
+By `{command}` with {versions}, which needs no GPU: registers per thread / what was spilled of \
+them (bytes; on AMD GPUs vector registers) / bytes of shared memory per program."""
 
 
 def draw(document: Document) -> str:
@@ -164,11 +164,8 @@ def _compiled(section: Mapping[str, Any]) -> list[str]:
     """What each kernel takes of a multiprocessor."""
     rows = section["rows"]
     targets = list(rows[0]["targets"]) if rows else []
-    columns = [
-        f"{target} {column}" for target in targets for column in ("registers", "spilled", "shared")
-    ]
     text = COMPILED.format(command=section["command"], versions=_versions(section))
-    return [text, table(("kernel", "variant", *columns), (_usage(row, targets) for row in rows))]
+    return [text, table(("kernel", "variant", *targets), (_usage(row, targets) for row in rows))]
 
 
 def _usage(row: Mapping[str, Any], targets: Iterable[str]) -> list[str]:
@@ -176,7 +173,7 @@ def _usage(row: Mapping[str, Any], targets: Iterable[str]) -> list[str]:
     cells = [f"`{row['kernel']}`", row["variant"]]
     for target in targets:
         taken = row["targets"][target]
-        cells += [str(taken["registers"]), str(taken["spilled"]), f"{taken['shared']:,}"]
+        cells.append(f"{taken['registers']} / {taken['spilled']} / {taken['shared']:,}")
     return cells
 
 

@@ -17,11 +17,11 @@ def test_delays_are_found_by_two_processes() -> None:
     assert (found.streams, found.processes, found.requests) == (4, 2, 16)
     # Delays differ by up to 100 ms, so a client that reads none of them is off by as much. The
     # bounds are for a machine that does other things too; `kvplug load calibrate` states the floor.
-    assert 0 < found.ttft_p50 < 0.025
+    assert 0 < found.ttft_p50 < 0.05
     assert found.ttft_p50 <= found.ttft_p95 <= found.ttft_max
-    assert found.gap_p50 < 0.01
-    assert found.zero_gaps < 0.2
-    assert 0 < found.cpu < 1
+    assert found.gap_p50 < 0.015  # of gaps of 20 ms
+    assert 0 <= found.zero_gaps < 0.5
+    assert 0 < found.cpu < 1.5
     assert 0 < found.late_p50 <= found.late_max
     assert "4 streams" in said[0]
 

@@ -13,8 +13,8 @@ from kvplug.serve.server import Server, free_port, running_server
 from tests.loadtests.conftest import FAKE
 
 QUESTION = "The password of the inn is blue harbor six. What is the password of the inn?"
-LATE_S = 0.1
-"""A bound that a loaded machine keeps, and that clients with buffers miss by seconds."""
+LATE_S = 0.5
+"""A bound that a busy machine keeps, and that clients with buffers miss by a second."""
 
 
 @pytest.fixture(scope="module")
@@ -35,11 +35,11 @@ def asked(server: Server, timeout_s: float = 20.0, **fields: Any) -> Reply:
 
 
 def test_known_delays_are_found(server: Server) -> None:
-    reply = asked(server, ignore_eos=True, fake={"ttft_s": 0.3, "gap_s": 0.05})
+    reply = asked(server, ignore_eos=True, fake={"ttft_s": 0.1, "gap_s": 0.2})
     assert reply.error is None
     assert len(reply.stamps) == 8
     for place, stamp in enumerate(reply.stamps):
-        due = 0.3 + 0.05 * place
+        due = 0.1 + 0.2 * place
         assert due <= stamp - reply.sent < due + LATE_S
     assert reply.end >= reply.stamps[-1]
 

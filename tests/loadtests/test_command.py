@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from rich.console import Console
 from typer.testing import CliRunner
@@ -16,10 +21,12 @@ from typer.testing import CliRunner
 from kvplug.errors import KvplugError
 from kvplug.loadtests import run as module
 from kvplug.loadtests.command import FAILED, NOT_BELIEVABLE, PARTIAL, load_app
+from kvplug.loadtests.contenders import Contender
 from kvplug.loadtests.folder import Folder, Run
-from kvplug.loadtests.records import Appender
+from kvplug.loadtests.records import Appender, read_lines, read_records
 from kvplug.loadtests.slo import Slo
 from kvplug.serve.server import Server, free_port
+from tests.loadtests.conftest import FAKE
 from tests.loadtests.made_up import EXACT, record, run_of
 
 
@@ -120,3 +127,38 @@ def test_a_server_that_is_not_there_is_a_partial_run(
                    "--requests", "2", "--out", str(tmp_path / "x"))  # fmt: skip
     assert found.exit_code == PARTIAL
     assert "cannot be reached" in found.output
+
+
+def test_a_run_that_is_terminated_is_partial_and_leaves_no_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The signal comes while a request is in flight."""
+    monkeypatch.setattr(module, "calibrate", lambda *_: EXACT)
+    before = {child.pid for child in psutil.Process().children(recursive=True)}
+    fake = [*FAKE, "--ttft-s", "0.01", "--gap-s", "30"]
+    monkeypatch.setattr(
+        "kvplug.loadtests.contenders.started", lambda *_: [Contender("a", command=fake)]
+    )
+    folder = tmp_path / "x"
+
+    def terminate() -> None:
+        deadline = time.monotonic() + 60
+        while "client" not in kinds(folder / "samples.jsonl") and time.monotonic() < deadline:
+            time.sleep(0.05)  # a client process tells of itself once a second
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    killer = threading.Thread(target=terminate)
+    killer.start()
+    found = called("--lengths", "fixed:300", "--requests", "2", "--warmups", "0", "--scrape", "0",
+                   "--out", str(folder))  # fmt: skip
+    killer.join()
+    # A machine that is too busy to measure is told first.
+    assert found.exit_code in (PARTIAL, NOT_BELIEVABLE), found.output
+    assert "the run was interrupted" in found.output
+    assert [r.error for r in read_records(folder / "requests.jsonl")] == ["stopped", "stopped"]
+    left = {child.pid for child in psutil.Process().children(recursive=True)}
+    assert left <= before
+
+
+def kinds(path: Path) -> set[str]:
+    return {line["kind"] for line in read_lines(path)}

@@ -22,8 +22,8 @@ from kvplug.serve.server import Server
 from tests.loadtests.conftest import FAKE
 from tests.loadtests.made_up import EXACT, settings
 
-BOUND_S = 0.1
-"""Medians are within this of what is known, on a machine that does other things too."""
+BOUND_S = 0.25
+"""Medians are within this of what is known, also on a machine that does other things too."""
 
 
 @pytest.fixture(autouse=True)
