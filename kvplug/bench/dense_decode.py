@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,45 +25,53 @@ def has_flashinfer() -> bool:
     return importlib.util.find_spec("flashinfer") is not None
 
 
-def kinds(size: StepSize, device: torch.device) -> Iterator[tuple[str, Callable[[], object]]]:
-    """Names and functions of dense attention; each kind's memory goes with its function.
+def kinds(
+    size: StepSize, device: torch.device
+) -> dict[str, Callable[[], Callable[[], torch.Tensor]]]:
+    """Names of dense attention, and what makes inputs and gives a function that attends.
 
     Args:
         size: Of the step.
         device: A GPU.
     """
-    yield from sdpa(size, device)
+    found = {
+        SDPA: lambda: sdpa(size, device, is_grouped=False),
+        GROUPED: lambda: sdpa(size, device, is_grouped=True),
+    }
     if has_flashinfer():
-        yield FLASHINFER, flashinfer(size, device)
+        found[FLASHINFER] = lambda: flashinfer(size, device)
+    return found
 
 
-def sdpa(size: StepSize, device: torch.device) -> Iterator[tuple[str, Callable[[], object]]]:
-    """torch's, with grouped heads as they are, and with a group's heads as queries of one head.
+def sdpa(size: StepSize, device: torch.device, *, is_grouped: bool) -> Callable[[], torch.Tensor]:
+    """torch's, by its flash backend alone.
 
-    The second is the same sum, since one query has nothing behind it to be masked.
+    Args:
+        size: Of the step.
+        device: A GPU; the backend is there on CPU too.
+        is_grouped: A group's heads are queries of one head: the same sums, since a single query
+            has nothing behind it that would be masked. Else heads stay heads.
     """
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     attend = torch.nn.functional.scaled_dot_product_attention
-    shape = (size.batch, size.kv_heads, size.context, size.dim)
+    generator = torch.Generator(device).manual_seed(size.context)
     options: dict[str, Any] = {"dtype": torch.bfloat16, "device": device}
-    keys, values = (torch.empty(shape, **options).normal_() for _ in range(2))
-    queries = torch.empty(size.batch, size.heads, 1, size.dim, **options).normal_()
-    together = queries.view(size.batch, size.kv_heads, -1, size.dim)
+    shape = (size.batch, size.kv_heads, size.context, size.dim)
+    keys, values = (torch.empty(shape, **options).normal_(generator=generator) for _ in range(2))
+    queries = torch.empty(size.batch, size.heads, 1, size.dim, **options)
+    queries.normal_(generator=generator)
+    if is_grouped:
+        queries = queries.view(size.batch, size.kv_heads, -1, size.dim)
 
-    def as_they_are() -> torch.Tensor:
+    def work() -> torch.Tensor:
         with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-            return attend(queries, keys, values, enable_gqa=True)
+            return attend(queries, keys, values, enable_gqa=not is_grouped)
 
-    def as_queries() -> torch.Tensor:
-        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-            return attend(together, keys, values)
-
-    yield SDPA, as_they_are
-    yield GROUPED, as_queries
+    return work
 
 
-def flashinfer(size: StepSize, device: torch.device) -> Callable[[], object]:
+def flashinfer(size: StepSize, device: torch.device) -> Callable[[], torch.Tensor]:
     """FlashInfer's, planned once, over pages in order."""
     library: Any = importlib.import_module("flashinfer")
     pages = size.batch * size.pages

@@ -58,8 +58,10 @@ def show(document: Document, out: Console) -> None:
     if "compiled" in document:
         rows = document["compiled"]["rows"]
         spilled = sum(taken["spilled"] > 0 for row in rows for taken in row["targets"].values())
-        out.print(f"{len(rows)} variants compile for {', '.join(rows[0]['targets'])}; {spilled} "
-                  "spill registers.")  # fmt: skip
+        out.print(
+            f"{len(rows)} variants compile for {', '.join(rows[0]['targets'])}; registers are "
+            f"spilled in {spilled} of {len(rows) * len(rows[0]['targets'])}."
+        )
     if "measured" in document:
         section = document["measured"]
         _print_table(out, section["device"], kernel_page.KERNEL_COLUMNS,

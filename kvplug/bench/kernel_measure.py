@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from kvplug.bench.dense_decode import kinds
+from kvplug.bench.dense_decode import FLASHINFER, kinds
 from kvplug.bench.gpu_timer import GpuTimer, captured
-from kvplug.bench.kernel_gate import CASES
+from kvplug.bench.kernel_gate import CASES, in_a_line
 from kvplug.bench.kernel_steps import inputs_of, regions_of, step_of
 from kvplug.bench.kernel_world import Shape, World
 from kvplug.bench.step_bytes import StepSize
@@ -82,8 +82,7 @@ def measure_steps(
             if reason:
                 yield from (_names(size) | {"skipped": reason} for size in sizes)
                 continue
-            dense = measure_dense(sizes[0], timer)
-            torch.cuda.empty_cache()
+            dense = measure_dense(sizes[0], timer, say)
             world = World(shape_of(sizes[0]), timer.device)
             inputs = inputs_of(world, [context] * batch)
             for size in sizes:
@@ -98,21 +97,30 @@ def measure_steps(
             del world, inputs, step, work
 
 
-def measure_dense(size: StepSize, timer: GpuTimer) -> dict[str, float | None]:
+def measure_dense(size: StepSize, timer: GpuTimer, say: Say) -> dict[str, float | None]:
     """Seconds of each kind of dense attention; those of torch also as CUDA graphs.
 
-    A kind that cannot run is None.
+    A kind that cannot run is None, and ``say`` is told why.
     """
     seconds: dict[str, float | None] = {}
-    for name, work in kinds(size, timer.device):
+    for name, make in kinds(size, timer.device).items():
         try:
-            seconds[name] = timer.seconds(work)
-            if "SDPA" in name:
-                seconds[f"{name}, graph"] = timer.seconds(captured(work))
-        except RuntimeError:
+            seconds |= _measure_kind(name, make, timer)
+        except Exception as problem:  # another's code: whatever stops it, the others are measured
             seconds[name] = None
-        # What it holds must go before the next kind takes memory.
-        del work
+            say(f"{name} failed: {in_a_line(problem)}")
+        torch.cuda.empty_cache()
+    return seconds
+
+
+def _measure_kind(
+    name: str, make: Callable[[], Callable[[], object]], timer: GpuTimer
+) -> dict[str, float]:
+    """Seconds of one kind, whose memory is free again on return."""
+    work = make()
+    seconds = {name: timer.seconds(work)}
+    if name != FLASHINFER:
+        seconds[f"{name}, graph"] = timer.seconds(captured(work))
     return seconds
 
 

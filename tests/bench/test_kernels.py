@@ -172,7 +172,7 @@ def test_tables_on_a_terminal() -> None:
     )
     text = console.export_text()
     assert "7 checks in Triton's interpreter" in text
-    assert "1 variants compile for sm_90, gfx942; 1 spill registers." in text
+    assert "1 variants compile for sm_90, gfx942; registers are spilled in 1 of 2." in text
     assert "12.5 us" in text
     assert "25.0x" in text
 
@@ -244,14 +244,30 @@ def test_what_a_row_holds() -> None:
 
 def test_both_ways_of_torch_are_the_same_attention() -> None:
     """On CPU, where torch has a flash backend too."""
-    from kvplug.bench.dense_decode import GROUPED, SDPA, sdpa
+    from kvplug.bench.dense_decode import GROUPED, SDPA, kinds
 
     size = StepSize(2, 70, 0, heads=6, kv_heads=2, dim=64)
-    ways = dict(sdpa(size, torch.device("cpu")))
-    one, other = ways[SDPA](), ways[GROUPED]()
-    assert isinstance(one, torch.Tensor)
-    assert isinstance(other, torch.Tensor)
-    assert torch.equal(one.flatten(), other.flatten())
+    ways = kinds(size, torch.device("cpu"))
+    assert torch.equal(ways[SDPA]()().flatten(), ways[GROUPED]()().flatten())
+
+
+def test_a_kind_that_fails_costs_only_its_own_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    from kvplug.bench import kernel_measure
+
+    class Timer:
+        device = torch.device("cpu")
+
+        def seconds(self, work: Any) -> float:
+            return work()
+
+    made = {"torn": lambda: 1 / 0, "SDPA": lambda: lambda: 2.5, "FlashInfer": lambda: lambda: 1.5}
+    monkeypatch.setattr(kernel_measure, "kinds", lambda *_: made)
+    monkeypatch.setattr(kernel_measure, "captured", lambda work: lambda: work() / 2)
+    said: list[str] = []
+    timer: Any = Timer()
+    seconds = kernel_measure.measure_dense(StepSize(1, 70, 0), timer, said.append)
+    assert seconds == {"torn": None, "SDPA": 2.5, "SDPA, graph": 1.25, "FlashInfer": 1.5}
+    assert said == ["torn failed: division by zero"]
 
 
 def test_flashinfer_is_planned_for_the_pages_that_there_are(
