@@ -4,17 +4,18 @@ Learned keys rarely equal the queries that they answer: on the bundled trained m
 0.54, and the match wins by its length times that. Signs of random planes lose it in noise: with 64
 bits the right page is among the best 16 of 1,000 in 36% of cases. What tells keys apart lies in few
 channels (Double Sparsity, Yang et al. 2024, arXiv 2408.07092, reads a few heavy channels of every
-key). So of every KV head the 32 channels with the largest variance are kept, each as two bits: the
+key). So of every KV head the channels with the largest variance are kept, each as two bits: the
 sign of its deviation from the mean, and whether that is more than one standard deviation. The same
-64 bits then find the page in 89% of cases, and 128 bits, of 64 channels, in 96%.
+64 bits, of 32 channels, then find the page in 89% of cases, and 128 bits, of 64, in 96%.
 
 A probe is not reduced to bits. A code stands for deviations of -3/2, -1/2, 1/2 or 3/2, which is
 ``sign + extreme / 2`` with both bits as +-1, so its product with a probe is a weighted sum of bits;
 weights are whole numbers of :data:`PLANES` bits, and the sum is counted plane by plane. A page's
 logit is that of its best token.
 
-Means, deviations and the choice of channels are those of the first tokens of the request, read back
-from the cache when its first page is summarised: the same whatever chunks, batch or prefix hit.
+Means, deviations and the choice of channels are those of a context's first tokens, at most a window
+of them, read back from the cache when the context is first retrieved from. They belong to its first
+page. A prefix hit ends at whole windows, so contexts that share that page share those tokens.
 """
 
 from __future__ import annotations
