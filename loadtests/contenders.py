@@ -30,6 +30,8 @@ class Ready(NamedTuple):
     """As it calls itself."""
     trouble: Callable[[], str | None]
     """Why it can answer no more; None while it can."""
+    pid: int | None = None
+    """Of a server that was started here."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ class Contender:
         assert log is not None
         with running_server(self.command, self.environment, log) as server:
             url = check_url(server.url, is_given=False)
-            yield Ready(url, _model(url, key), lambda: _trouble(server.pid, log))
+            yield Ready(url, _model(url, key), lambda: _trouble(server.pid, log), server.pid)
 
 
 def _trouble(pid: int, log: Path) -> str | None:

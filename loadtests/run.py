@@ -17,6 +17,7 @@ from kvplug.loadtests.clients import Task, client_processes
 from kvplug.loadtests.contenders import Contender, Ready
 from kvplug.loadtests.folder import Folder, Run
 from kvplug.loadtests.lengths import Lengths, parse_lengths
+from kvplug.loadtests.others import share_of_others, spent
 from kvplug.loadtests.records import Appender
 from kvplug.loadtests.scrape import Sampler
 from kvplug.loadtests.settings import Settings
@@ -173,10 +174,14 @@ def _phase(
     }  # fmt: skip
     task = Task(common, settings.processes, part.arrivals)
     before = _lines(folder.requests_path)
+    begun = None if server.pid is None else spent(server.pid)
     with client_processes(task, key) as clients:
         zero = clients.start()
         samples.add({"kind": "phase", **where, "clock": zero})
         reason = clients.wait(until, server.trouble)
+    if begun is not None and server.pid is not None and server.trouble() is None:
+        others = share_of_others(begun, spent(server.pid))
+        samples.add({"kind": "machine", **where, "others": others})
     # A server that dies fails its last requests before anyone looks.
     return (
         reason

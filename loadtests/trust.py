@@ -14,6 +14,8 @@ from kvplug.loadtests.records import Record
 LATE_S = 0.010
 LATE_SHARE = 0.01
 """A client may be late by the larger of LATE_S and this share of the median first token."""
+OTHERS = 0.05
+"""Share of a machine's cores that other programs may take while a server is measured on it."""
 CPU = 0.8
 """Share of a core that a client process may take; beyond it, its own queue is measured."""
 
@@ -48,8 +50,10 @@ def checks(
     for setup in setups:
         mine = [record for record in records if record.setup == setup]
         if mine:
-            beats = [s for s in samples if s["kind"] == "client" and s["setup"] == setup]
+            beside = [sample for sample in samples if sample["setup"] == setup]
+            beats = [sample for sample in beside if sample["kind"] == "client"]
             found += _of_setup(setup, mine, beats, planned)
+            found += _machine(setup, [s["others"] for s in beside if s["kind"] == "machine"])
     return found
 
 
@@ -99,6 +103,15 @@ def _of_setup(
         sent = sum(record.turn == 0 for record in records)
         yield Check(setup, "sessions sent of those due", f"{sent} of {planned}", "all",
                     sent == planned)  # fmt: skip
+
+
+def _machine(setup: str, others: Sequence[float]) -> Iterator[Check]:
+    """What other programs took from a server that was started here, in its worst phase."""
+    if others:
+        yield Check(
+            setup, "CPU that other programs took", f"{max(others):.1%}", f"at most {OTHERS:.0%}",
+            max(others) <= OTHERS,
+        )  # fmt: skip
 
 
 def _p99(values: Sequence[float]) -> float:

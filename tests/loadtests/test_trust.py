@@ -49,6 +49,16 @@ def test_each_way_to_be_bad(
     assert bad(records, samples, planned) == [name]
 
 
+def test_other_programs_take_little() -> None:
+    def machine(share: float) -> dict[str, Any]:
+        return {"kind": "machine", "setup": "a", "phase": 0, "others": share}
+
+    assert bad([record()], [beat(), machine(0.05)]) == []
+    assert bad([record()], [beat(), machine(0.01), machine(0.051)]) == [
+        "CPU that other programs took"
+    ]
+
+
 def test_one_late_request_of_a_hundred_is_forgiven() -> None:
     assert bad([record(sent=1.0)] + [record()] * 99, [beat()]) == []
     assert bad([record(sent=1.0)] * 2 + [record()] * 98, [beat()]) != []
