@@ -30,6 +30,8 @@ QUERIES = (torch.bfloat16, torch.float16)
 """What queries may be."""
 EIGHT_BITS = (torch.float8_e4m3fn, torch.float8_e4m3fnuz)
 """What keys and values may be besides the queries' dtype."""
+EIGHT_BITS_FROM = (8, 9)
+"""First compute capability of NVIDIA GPUs that has them."""
 SPLIT = 512
 """Keys of a part, unless the caller chooses. Not measured: no GPU was at hand."""
 
@@ -72,15 +74,19 @@ class Blocks(NamedTuple):
 def blocks_of(queries: int, dim: int) -> Blocks:
     """Sizes of a program for windows of up to so many queries of a KV head.
 
-    Within 64 KiB of shared memory, which is what an AMD GPU has, and without spills.
+    Without spills on sm_90 and gfx942 (there one register, for windows over float8), and within the
+    64 KiB of shared memory that an AMD GPU has.
+    Three stages fetch page numbers ahead of the keys they lead to, which a decoded token waits for.
 
     Args:
         queries: G times the tokens of the longest window.
         dim: D.
     """
-    if queries <= 64:
-        return Blocks(max(16, triton.next_power_of_2(queries)), 32 if dim > 128 else 64, 4, 2)
-    return Blocks(64, 32, 8, 2) if dim > 128 else Blocks(128, 64, 8, 2)
+    if queries <= 32:
+        return Blocks(max(16, triton.next_power_of_2(queries)), 32 if dim > 128 else 64, 4, 3)
+    if dim > 128:
+        return Blocks(64, 32, 8, 2)
+    return Blocks(64, 64, 4, 2) if queries <= 64 else Blocks(128, 64, 8, 2)
 
 
 @triton.jit
@@ -255,6 +261,12 @@ def _check(
     check("values", cache.values, tuple(cache.keys.shape), cache.keys.dtype, contiguous=False)
     page, kv_heads = cache.keys.shape[1:3]
     check_page(page)
+    if cache.keys.dtype in EIGHT_BITS and queries.is_cuda and torch.version.hip is None:
+        have = torch.cuda.get_device_capability(queries.device)
+        require(
+            have >= EIGHT_BITS_FROM,
+            f"Caches in float8 need compute capability {EIGHT_BITS_FROM} or more, not {have}.",
+        )
     require(
         heads % kv_heads == 0,
         f"Query heads must be a multiple of KV heads, not {heads} of {kv_heads}.",
@@ -340,3 +352,8 @@ COMPILED = (
     _variant("bf16", 1024, 4, 256, 128),
 )
 """For :mod:`kvplug.kernels.compile_check`."""
+COMPILED_EIGHT_BITS = (
+    _variant("fp8e4nv", 4, 4, 128, 32, is_scaled=True, is_cut=True),
+    _variant("fp8e4nv", 1024, 4, 128, 16, is_scaled=True),
+)
+"""The same for caches in float8, which sm_80 has not."""

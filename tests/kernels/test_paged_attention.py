@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -19,6 +23,7 @@ from kvplug.kernels.paged_attention import (
 from tests.kernels.accuracy import EPS, assert_accurate
 from tests.kernels.caches import Attended, Shape, attended
 
+ROOT = Path(__file__).resolve().parents[2]
 SHAPES = pytest.mark.parametrize(
     "shape",
     [
@@ -128,6 +133,28 @@ def test_float8(num_parts: int, device: str) -> None:
     stored = [tensor.nan_to_num(0.0).to(torch.float8_e4m3fn) for tensor in case.cache[:2]]
     case = case._replace(cache=PagedCache(*stored, *scales))
     assert_attended(case, attend(case, num_parts))
+
+
+def test_float8_compiles() -> None:
+    """Where there is such a type, in a process in which kernels are not interpreted."""
+    program = (
+        "from kvplug.kernels.compile_check import compile_for as compiled\n"
+        "from kvplug.kernels.paged_attention import COMPILED_EIGHT_BITS as variants\n"
+        "for target in ('sm_90', 'gfx942'):\n"
+        "    print(*(usage for variant in variants for usage in compiled(variant, target)))"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.check_output(
+        [sys.executable, "-c", program], cwd=ROOT, env=environment, text=True
+    )
+    most = {"sm_90": 227 * 1024, "gfx942": 64 * 1024}
+    for (target, shared), line in zip(most.items(), done.splitlines(), strict=True):
+        usage = [int(number) for number in line.split()]
+        assert len(usage) == 3 * 2
+        assert max(usage[::3]) <= shared
+        assert min(usage[1::3]) > 0
+        # On gfx942 one register of a window's 256 does not fit.
+        assert max(usage[2::3]) <= (target == "gfx942")
 
 
 def test_soft_cap(device: str) -> None:
