@@ -112,6 +112,15 @@ def test_windows(shape: Shape, device: str) -> None:
     assert_attended(case, attend(case))
 
 
+def test_a_window_of_several_programs(device: str) -> None:
+    """The second one's first query does not see the last of the keys before a multiple of 64."""
+    case = attended(SMALL, [(60, 144)], device)
+    blocks = blocks_of(180, 64)
+    before, first = 144 - 60, blocks.queries // SMALL.group
+    assert (before + first + 1) // blocks.keys < 144 // blocks.keys
+    assert_attended(case, attend(case))
+
+
 def test_drafted_tokens_in_parts(device: str) -> None:
     """Some tokens see nothing in the last part, others do."""
     case = attended(SMALL, [(5, 130), (5, 66)], device)
