@@ -42,7 +42,7 @@ def _order(b_scores):  # type: ignore[no-untyped-def]
     """An unsigned integer that orders as the float32 does; 0 if it is no finite number."""
     bits = b_scores.to(tl.uint32, bitcast=True)
     bits = tl.where(bits == 0x80000000, 0, bits)  # -0.0 equals 0.0
-    order = tl.where(bits >> 31 == 1, ~bits, bits | 0x80000000)
+    order = tl.where(bits >> 31 == 1, bits ^ 0xFFFFFFFF, bits | 0x80000000)
     return tl.where(bits & 0x7F800000 == 0x7F800000, 0, order).to(tl.uint32)
 
 
