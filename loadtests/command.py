@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from typer.core import TyperGroup
 
+from kvplug.config import DEFAULT_POLICY
 from kvplug.errors import KvplugError
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ def load_app(progress: Progress, out: Console) -> typer.Typer:
     def run(
         compare: Annotated[
             str, typer.Option(help="Servers to start, with commas: dense (stock vLLM), recipes.")
-        ] = "dense,simhash",
+        ] = f"dense,{DEFAULT_POLICY}",
         url: Annotated[
             list[str] | None,
             typer.Option(help="A server that runs already, [LABEL=]URL, instead; may repeat."),

@@ -12,6 +12,9 @@ import pytest
 from kvplug.loadtests import others
 from kvplug.loadtests.others import Spent, share_of_others, spent
 
+BURNT_S = 0.45
+"""Half a second, less what the kernel's ticks of 10 ms may miss."""
+
 
 @pytest.mark.parametrize(
     ("machine", "mine", "share"),
@@ -24,7 +27,7 @@ def test_shares(monkeypatch: pytest.MonkeyPatch, machine: float, mine: float, sh
 
 
 def test_the_servers_time_is_mine_and_a_strangers_is_not() -> None:
-    """Both burn a second or so; only the one that is named as the server is taken off."""
+    """A child that still runs is no one's until it is named."""
     burn = "import time\nend = time.process_time() + 0.5\nwhile time.process_time() < end: pass\n"
     command = [sys.executable, "-c", f"{burn}print(flush=True); time.sleep(600)"]
     begun = spent(os.getpid()).mine
@@ -33,10 +36,11 @@ def test_the_servers_time_is_mine_and_a_strangers_is_not() -> None:
         assert process.stdout is not None
         process.stdout.readline()
         time.sleep(0.05)
-        itself, without = spent(process.pid).mine, spent(2**22 + 1).mine
-        assert itself - without >= 0.5
+        # No process has the first id: the kernel's highest is 2**22.
+        without, itself = spent(2**22 + 1).mine, spent(process.pid).mine
+        assert itself - without >= BURNT_S
         assert without >= 0
-        assert spent(os.getpid()).mine >= begun + 0.5
+        assert spent(os.getpid()).mine >= begun + BURNT_S
     finally:
         process.kill()
         process.communicate()
