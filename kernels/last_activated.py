@@ -14,7 +14,13 @@ import triton.language as tl
 
 from kvplug.kernels.checks import check, check_devices, require
 from kvplug.kernels.compile_check import Variant
-from kvplug.kernels.distance import BLOCK, QueryWindows, check_longest, store_distances
+from kvplug.kernels.distance import (
+    BLOCK,
+    QueryWindows,
+    check_longest,
+    store_distances,
+    window_moments,
+)
 
 
 @triton.jit
@@ -29,22 +35,7 @@ def _window_bias_kernel(  # type: ignore[no-untyped-def]
         return
     start = tl.load(p_start + i_s).to(tl.int64)
     p_head = p_queries + start * stride_token + i_h.to(tl.int64) * stride_head
-    o_d = tl.arange(0, BLOCK_D)
-    b_sums = tl.zeros([BLOCK_T, BLOCK_D], dtype=tl.float32)
-    for t in range(0, count, BLOCK_T):
-        o_t = t + tl.arange(0, BLOCK_T)
-        m_td = (o_t < count)[:, None] & (o_d < D)[None, :]
-        p_block = p_head + o_t.to(tl.int64)[:, None] * stride_token + o_d[None, :]
-        b_sums += tl.load(p_block, mask=m_td, other=0.0).to(tl.float32)  # [BT, BD]
-    b_mean = tl.sum(b_sums, 0) / count  # [BD]
-    b_spread = tl.zeros([BLOCK_T, BLOCK_D], dtype=tl.float32)
-    for t in range(0, count, BLOCK_T):
-        o_t = t + tl.arange(0, BLOCK_T)
-        m_td = (o_t < count)[:, None] & (o_d < D)[None, :]
-        p_block = p_head + o_t.to(tl.int64)[:, None] * stride_token + o_d[None, :]
-        b_delta = tl.load(p_block, mask=m_td, other=0.0).to(tl.float32) - b_mean[None, :]
-        b_spread += tl.where(m_td, b_delta * b_delta, 0.0)
-    b_squares = tl.sum(b_spread, 0)  # [BD]
+    b_mean, b_squares = window_moments(p_head, stride_token, count, D, BLOCK_T, BLOCK_D)
     floor = tl.sum(b_squares, 0) / D * 0.01 + 1e-30  # where no query differs from another
     b_weight = count / (b_squares + floor)
     p_out = p_bias + (i_s * tl.num_programs(1) + i_h).to(tl.int64) * longest

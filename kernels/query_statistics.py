@@ -16,7 +16,7 @@ import triton.language as tl
 from kvplug.kernels.activation import Seen
 from kvplug.kernels.checks import check, check_devices
 from kvplug.kernels.compile_check import Variant
-from kvplug.kernels.distance import BLOCK, QueryWindows
+from kvplug.kernels.distance import BLOCK, QueryWindows, window_moments
 
 
 class Carried(NamedTuple):
@@ -44,24 +44,11 @@ def _moments_kernel(  # type: ignore[no-untyped-def]
         return
     start = tl.load(p_start + i_s).to(tl.int64)
     p_head = p_queries + start * stride_token + i_h.to(tl.int64) * stride_head
+    b_mean, b_squares = window_moments(p_head, stride_token, count, D, BLOCK_T, BLOCK_D)
     o_d = tl.arange(0, BLOCK_D)
-    b_sums = tl.zeros([BLOCK_T, BLOCK_D], dtype=tl.float32)
-    for t in range(0, count, BLOCK_T):
-        o_t = t + tl.arange(0, BLOCK_T)
-        m_td = (o_t < count)[:, None] & (o_d < D)[None, :]
-        p_block = p_head + o_t.to(tl.int64)[:, None] * stride_token + o_d[None, :]
-        b_sums += tl.load(p_block, mask=m_td, other=0.0).to(tl.float32)  # [BT, BD]
-    b_mean = tl.sum(b_sums, 0) / count  # [BD]
-    b_spread = tl.zeros([BLOCK_T, BLOCK_D], dtype=tl.float32)
-    for t in range(0, count, BLOCK_T):
-        o_t = t + tl.arange(0, BLOCK_T)
-        m_td = (o_t < count)[:, None] & (o_d < D)[None, :]
-        p_block = p_head + o_t.to(tl.int64)[:, None] * stride_token + o_d[None, :]
-        b_delta = tl.load(p_block, mask=m_td, other=0.0).to(tl.float32) - b_mean[None, :]
-        b_spread += tl.where(m_td, b_delta * b_delta, 0.0)
     p_out = p_moments + (i_s * tl.num_programs(1) + i_h).to(tl.int64) * (2 * D) + o_d
     tl.store(p_out, b_mean, mask=o_d < D)
-    tl.store(p_out + D, tl.sum(b_spread, 0), mask=o_d < D)
+    tl.store(p_out + D, b_squares, mask=o_d < D)
 
 
 @triton.jit

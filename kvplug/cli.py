@@ -14,13 +14,13 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
-from typer.core import TyperGroup
 
 from kvplug.bench.kernels import command as kernel_command
 from kvplug.config import DEFAULT_POLICY, KvplugConfig, json_object
 from kvplug.errors import KvplugError
 from kvplug.evals.command import command
 from kvplug.loadtests.command import load_app
+from kvplug.options import ChunkOption, EagerOption, JsonFlag, PageOption, group_of
 
 app = typer.Typer(
     name="kvplug",
@@ -33,28 +33,16 @@ out = Console()
 err = Console(stderr=True)
 
 
-class BenchGroup(TyperGroup):
-    """``kvplug bench`` without the name of a benchmark is ``kvplug bench policies``."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Puts the name in front of options."""
-        if not args or (args[0].startswith("-") and args[0] != "--help"):
-            args = ["policies", *args]
-        return super().parse_args(ctx, args)
-
-
-benches = typer.Typer(cls=BenchGroup, help="Measure; without a COMMAND: policies, by its options.")
+benches = typer.Typer(
+    cls=group_of("policies"), help="Measure; without a COMMAND: policies, by its options."
+)
 app.add_typer(benches, name="bench")
 
 ModelOption = Annotated[str, typer.Option(help="recall, random, or a model's path.")]
-PageOption = Annotated[int, typer.Option(help="Tokens per page, for every engine.")]
-ChunkOption = Annotated[int, typer.Option(help="Prompt tokens per step, for every engine.")]
 DecodedOption = Annotated[int, typer.Option(min=8, help="Tokens decoded per request.")]
-EagerOption = Annotated[bool, typer.Option("--eager", help="Without vLLM's compiler.")]
 ContextsOption = Annotated[str, typer.Option(help="Prompt lengths, with commas.")]
 RepeatsOption = Annotated[int, typer.Option(min=1, help="Medians are of this many.")]
 DenseRepeatsOption = Annotated[int, typer.Option(help="Repeats of stock vLLM; 0: as others.")]
-JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON object last on stdout.")]
 
 
 def main() -> None:

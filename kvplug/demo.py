@@ -223,9 +223,10 @@ def cold_read_gib(url: str) -> float:
     """What a server says it read from its cold store."""
     import httpx
 
+    from kvplug.loadtests.scrape import values_of
+
     text = httpx.get(f"{url.removesuffix('/v1')}/metrics", timeout=60).text
-    found = re.findall(r"^kvplug:cold_read_bytes_total\{[^}]*\} (\S+)$", text, re.MULTILINE)
-    return sum(map(float, found)) / 2**30
+    return values_of(text).get("kvplug:cold_read_bytes_total", 0.0) / 2**30
 
 
 def _stream(

@@ -223,8 +223,7 @@ def _shapes(vllm_config: Any, layers: dict[int, Any]) -> dict[int, Any]:
             num_pages=pages, num_kv_heads=heads, page=page, head_dim=width // 2, layer=number,
             first_kv_head=first_kv_head(vllm_config, heads), seed=config.seed,
             num_heads=impl.num_heads, num_layers=len(layers), rank=rank, window=config.window,
-            local=config.local,
-            scale=impl.scale,
+            local=config.local, scale=impl.scale,
         )  # fmt: skip
     return shapes
 

@@ -7,17 +7,17 @@ import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
-from typer.core import TyperGroup
 
 from kvplug.config import DEFAULT_POLICY
 from kvplug.errors import KvplugError
+from kvplug.options import ChunkOption, EagerOption, JsonFlag, PageOption, Progress, group_of
 
 if TYPE_CHECKING:
     from kvplug.loadtests.contenders import Contender
@@ -26,20 +26,8 @@ if TYPE_CHECKING:
 
 FAILED, NOT_BELIEVABLE, PARTIAL = 1, 3, 4
 """Exit codes; 2 is a user's error, as everywhere."""
-Progress = Callable[[], AbstractContextManager[Callable[[str], None]]]
-JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON object last on stdout.")]
 ProcessesOption = Annotated[int, typer.Option(help="Client processes.")]
 SeedOption = Annotated[int, typer.Option(help="Of everything that is drawn.")]
-
-
-class LoadGroup(TyperGroup):
-    """``kvplug load`` without the name of a command is ``kvplug load run``."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Puts the name in front of options."""
-        if not args or (args[0].startswith("-") and args[0] != "--help"):
-            args = ["run", *args]
-        return super().parse_args(ctx, args)
 
 
 def load_app(progress: Progress, out: Console) -> typer.Typer:
@@ -49,7 +37,9 @@ def load_app(progress: Progress, out: Console) -> typer.Typer:
         progress: Opens a spinner and gives what changes its text.
         out: Where results go.
     """
-    app = typer.Typer(cls=LoadGroup, help="Load tests; without a COMMAND: run, by its options.")
+    app = typer.Typer(
+        cls=group_of("run"), help="Load tests; without a COMMAND: run, by its options."
+    )
 
     @app.command()
     def run(
@@ -123,9 +113,9 @@ def load_app(progress: Progress, out: Console) -> typer.Typer:
         warmups: Annotated[int, typer.Option(help="Requests before those that count.")] = 1,
         scrape: Annotated[float, typer.Option(help="Seconds between looks at /metrics.")] = 2.0,
         budget: Annotated[int, typer.Option(help="Far tokens per window and KV head.")] = 512,
-        page: Annotated[int, typer.Option(help="Tokens per page, for every server.")] = 32,
-        chunk: Annotated[int, typer.Option(help="Prompt tokens per step.")] = 4096,
-        eager: Annotated[bool, typer.Option("--eager", help="Without vLLM's compiler.")] = False,
+        page: PageOption = 32,
+        chunk: ChunkOption = 4096,
+        eager: EagerOption = False,
         flags: Annotated[str, typer.Option(help="Other flags of every server.")] = "",
         key: Annotated[str, typer.Option(envvar="OPENAI_API_KEY", help="For --url.")] = "",
         as_json: JsonFlag = False,

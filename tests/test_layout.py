@@ -23,7 +23,17 @@ LINKED = ("kernels", "loadtests", "patches", "serve")
 # kvplug: a module or a folder. A new part gets a line here.
 RANKS: tuple[tuple[str, ...], ...] = (
     ("kernels", "errors", "__init__"),
-    ("compiled", "config", "fields", "numeric", "pages", "registry", "selection", "workspace"),
+    (
+        "compiled",
+        "config",
+        "fields",
+        "numeric",
+        "options",
+        "pages",
+        "registry",
+        "selection",
+        "workspace",
+    ),
     ("carry", "page_reader", "page_table", "step", "windows"),
     ("stage", "segment", "index", "probe", "budget", "select"),
     ("policies",),

@@ -18,6 +18,7 @@ from rich.console import Console
 from kvplug.bench.kernel_document import Document, merged, show, write
 from kvplug.bench.kernel_sections import Plan, Say, compiled, interpreted, measured
 from kvplug.errors import KvplugError
+from kvplug.options import JsonFlag
 
 
 def command(
@@ -51,7 +52,7 @@ def command(
             Path | None,
             typer.Option("--write", help="Markdown page to write; figures go beside it, as .json."),
         ] = None,
-        as_json: Annotated[bool, typer.Option("--json", help="Print JSON last.")] = False,
+        as_json: JsonFlag = False,
     ) -> None:
         """Check the Triton kernels, and time them and the decode attention step on a GPU."""
         plan = Plan(numbers(contexts), numbers(batches), numbers(budgets), repeats)

@@ -70,6 +70,8 @@ def targets(layers: list[Any]) -> dict[str, list[tuple[type, str, str]]]:
         stages = layer.impl.stages
         if stages is None:
             continue
+        for memory in stages.beginners:
+            single[type(memory), "begin"] = f"begin {type(memory).__name__}"
         for memory in stages.sealers:
             single[type(memory), "seal"] = f"seal {type(memory).__name__}"
         for memory in stages.watchers:

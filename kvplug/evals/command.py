@@ -6,7 +6,6 @@ import json
 import shlex
 import sys
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -17,6 +16,7 @@ from rich.table import Table
 
 from kvplug.config import DEFAULT_POLICY
 from kvplug.errors import KvplugError
+from kvplug.options import ChunkOption, EagerOption, JsonFlag, PageOption, Progress
 
 if TYPE_CHECKING:
     from kvplug.evals.lab import Result
@@ -27,7 +27,6 @@ RECALL_TASKS = (
     "niah_single_1,niah_multikey_2,niah_multikey_3,niah_multivalue,niah_multiquery,vt,passkey,"
     "number_string,kv_retrieval,mqar,joint_recall,episodes"
 )
-Progress = Callable[[], AbstractContextManager[Callable[[str], None]]]
 
 
 def command(progress: Progress, out: Console, numbers: Callable[[str], list[int]]) -> Any:
@@ -87,8 +86,8 @@ def command(progress: Progress, out: Console, numbers: Callable[[str], list[int]
         label: Annotated[str, typer.Option(help="What an endpoint is called.")] = "dense",
         timeout: Annotated[float, typer.Option(min=1, help="Seconds an endpoint may take.")] = 600,
         key: Annotated[str, typer.Option(envvar="OPENAI_API_KEY", help="For an endpoint.")] = "-",
-        page: Annotated[int, typer.Option(help="Tokens per page, for every engine.")] = 32,
-        chunk: Annotated[int, typer.Option(help="Prompt tokens per step.")] = 4096,
+        page: PageOption = 32,
+        chunk: ChunkOption = 4096,
         selector: Annotated[
             bool,
             typer.Option(
@@ -97,7 +96,7 @@ def command(progress: Progress, out: Console, numbers: Callable[[str], list[int]
                 "pages found, output error.",
             ),
         ] = False,
-        eager: Annotated[bool, typer.Option("--eager", help="Without vLLM's compiler.")] = False,
+        eager: EagerOption = False,
         answers: Annotated[
             Path | None, typer.Option(help="File of answers, JSON lines; asked again, goes on.")
         ] = None,
@@ -106,7 +105,7 @@ def command(progress: Progress, out: Console, numbers: Callable[[str], list[int]
         fail_under: Annotated[
             float, typer.Option(min=0, help="Exit 1 if a setup keeps less of dense accuracy.")
         ] = 0.0,
-        as_json: Annotated[bool, typer.Option("--json", help="Print JSON last.")] = False,
+        as_json: JsonFlag = False,
     ) -> None:
         """Long-context tasks over policies, budgets and lengths: what does retrieval cost?"""
         from kvplug.evals import report

@@ -144,7 +144,6 @@ class ChannelsIndex(PageIndex):
         shape = *vectors.shape[:3], self._codes.shape[2], PLANES + 1
         asked = self._scratch.take("channels.asked", shape, torch.int64).numpy().view(np.uint64)
         units = self._scratch.take("channels.units", vectors.shape[:3], torch.float32).numpy()
-        regions = windows.request, windows.far_begin, windows.far_end, step.block_table_host
         _weigh(
             vectors.size, vectors, counts, rows, windows.request, step.block_table_host,
             self._chosen_host, self._scales_host, np.float32(self.shape.scale) * LOG2_E,
@@ -153,8 +152,10 @@ class ChannelsIndex(PageIndex):
         shape = *vectors.shape[:3], scores.shape[2]
         logits = self._scratch.take("channels.logits", shape, torch.float32).numpy()
         work = PLANES * self._codes.shape[2] * self.shape.page // WORDS_PER_VECTOR
-        _score_pages(logits.size * max(work, 1), self._codes_host, asked, units, counts, rows,
-                     *regions, logits)  # fmt: skip
+        _score_pages(
+            logits.size * max(work, 1), self._codes_host, asked, units, counts, rows,
+            windows.request, windows.far_begin, windows.far_end, step.block_table_host, logits,
+        )  # fmt: skip
         sum_shares(
             logits.size * OPERATIONS // LANES, logits, counts, rows, windows.far_begin,
             windows.far_end, scores.numpy(),

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 class Seals:
-    """Which physical pages are sealed: a byte each.
+    """Which physical pages are sealed, and at which contexts begin that were retrieved from.
 
     Args:
         num_pages: Physical pages of the cache.
@@ -39,15 +39,18 @@ class Seals:
         self.flags = torch.zeros(num_pages, dtype=torch.uint8)
         """``[pages]``: 1 where sealed."""
         self._flags_host = self.flags.numpy()
+        self._begun_host = np.zeros(num_pages, np.uint8)
 
     def reset(self, slots: Slots, page: int) -> None:
         """Opens every page that is written to: new content, or a rejected draft's successor.
+
+        A context that begins there has not begun then.
 
         Args:
             slots: ``[T]`` int64; negative ones are padding.
             page: Tokens per page, P.
         """
-        _open_pages(slots, page, self._flags_host)
+        _open_pages(slots, page, self._flags_host, self._begun_host)
 
     def seal(self, step: Step, workspace: Workspace) -> Sealing:
         """Finds the pages that the step's windows leave behind, and marks them as sealed.
@@ -63,27 +66,27 @@ class Seals:
         begun = workspace.take("sealing.begun", (len(windows),), torch.int32).numpy()
         begins = seal_pages(
             windows.request, windows.sparse, windows.far_begin, windows.far_end,
-            step.block_table_host, self._flags_host, columns[0], columns[1], starts, begun,
+            step.block_table_host, self._flags_host, self._begun_host, *columns, starts, begun,
         )  # fmt: skip
         count = int(starts[-1])
         return Sealing(columns[0, :count], columns[1, :count], starts, begun[:begins])
 
 
 @njit(cache=True)
-def _open_pages(slots, page, flags):  # type: ignore[no-untyped-def]
-    """``flags[page of slot] = 0``."""
+def _open_pages(slots, page, flags, has_begun):  # type: ignore[no-untyped-def]
+    """Sets both to 0 for the pages of ``slots``."""
     for token in range(slots.shape[0]):
         if slots[token] >= 0:
             flags[slots[token] // page] = 0
+            has_begun[slots[token] // page] = 0
 
 
 @njit(cache=True)
 def seal_pages(  # type: ignore[no-untyped-def]
-    request, sparse, far_begin, far_end, block_table, flags, pages, logical, starts, begun
-):
-    """Fills a :class:`Sealing` and sets ``flags``; returns how many contexts begin.
-
-    A first page that is a sink is no page to summarise: its flag says that its context has begun.
+    request, sparse, far_begin, far_end, block_table, flags, has_begun, pages, logical, starts,
+    begun,
+):  # fmt: skip
+    """Fills a :class:`Sealing`, sets ``flags`` and ``has_begun``; returns how many contexts begin.
 
     A request's first sparse window of the step looks at all of its far pages, a later one only at
     those behind the window before. Looking back to the nearest sealed page would not do: a prefix
@@ -99,10 +102,10 @@ def seal_pages(  # type: ignore[no-untyped-def]
         if s > 0 and request[s - 1] == request[s] and sparse[s - 1]:
             begin = max(begin, far_end[s - 1])
         mine = block_table[request[s]]
-        if flags[mine[0]] == 0:
+        if has_begun[mine[0]] == 0:
+            has_begun[mine[0]] = 1
             begun[begins] = request[s]
             begins += 1
-            flags[mine[0]] = far_begin[s] > 0
         for n in range(begin, far_end[s]):
             page = mine[n]
             if flags[page] == 0:
@@ -123,8 +126,6 @@ def seal_pages_reference(step: Step, flags: torch.Tensor) -> list[list[tuple[int
     windows, sealed = step.windows, []
     for s in range(len(windows)):
         mine = step.block_table[int(windows.request[s])].tolist()
-        if windows.sparse[s] and int(windows.far_begin[s]) > 0:
-            flags[mine[0]] = 1
         far = range(int(windows.far_begin[s]), int(windows.far_end[s]) if windows.sparse[s] else 0)
         sealed.append([(mine[n], n) for n in far if flags[mine[n]] == 0])
         flags[[page for page, _ in sealed[-1]]] = 1
