@@ -23,7 +23,8 @@ def client(
     """A client of a running server, and the server's log."""
     log = tmp_path_factory.mktemp("server") / "log"
     command = [
-        "-m", "kvplug", "serve", recall_model, "--budget", "256", "--dense-below", "1024",
+        "-m", "kvplug", "serve", recall_model, "--policy", "simhash", "--budget", "256",
+        "--dense-below", "1024",
         "--max-model-len", str(LONGEST), "--block-size", "32", "--served-model-name", "recall",
         "--dtype", "bfloat16", "--enforce-eager",
     ]  # fmt: skip
