@@ -57,8 +57,12 @@ class KvplugConfig(BaseModel):
     offload: OffloadConfig | None = Field(
         None, description="tier below the device, and the pool in front of it"
     )
-    audit: float = Field(0.0, ge=0.0, le=0.0, description="audited fraction; not in this version")
-    trace: None = Field(None, description="trace file; not in this version")
+    audit: float = Field(
+        0.0, ge=0.0, le=1.0, description="fraction of windows that exact attention is computed for"
+    )
+    trace: str | None = Field(
+        None, min_length=1, description="file that takes a trace of every request, prompts included"
+    )
 
     @classmethod
     def parse(cls, raw: object) -> KvplugConfig:
@@ -123,8 +127,6 @@ def _first_problem(error: ValidationError, raw: Mapping[str, object]) -> str:
     field = KvplugConfig.model_fields[name]
     if name == "offload":
         return _offload_problem(problem)
-    if name in ("audit", "trace"):
-        return f"kvplug option {name} is not available in this version; leave it out."
     if name == "dense_layers":
         return (
             f"kvplug option dense_layers={raw[name]!r} must be 'auto' or a list of layer numbers."

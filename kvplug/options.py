@@ -1,4 +1,4 @@
-"""Options, and a kind of group, that several commands share."""
+"""Options, what reads them, and a kind of group, that several commands share."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
+
+from kvplug.errors import KvplugError
 
 PageOption = Annotated[int, typer.Option(help="Tokens per page, for every engine.")]
 ChunkOption = Annotated[int, typer.Option(help="Prompt tokens per step, for every engine.")]
@@ -31,3 +33,14 @@ def group_of(default: str) -> type[TyperGroup]:
             return super().parse_args(ctx, args)
 
     return Group
+
+
+def numbers(text: str, least: int = 1) -> list[int]:
+    """Integers from ``1,2,3``, positive unless zero is let in."""
+    try:
+        values = [int(part) for part in text.split(",") if part]
+    except ValueError:
+        values = []
+    if not values or min(values) < least:
+        raise KvplugError(f"{text!r} must be positive whole numbers with commas between them.")
+    return values

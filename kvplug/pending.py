@@ -55,7 +55,7 @@ class PendingSteps:
             below ``dense_below``, or there is no room: then what waits must be told first.
         """
         first = self.count
-        count = _note(*batch, self._limits, first, *self._host)
+        count = _note(*batch[:5], self._limits, first, *self._host)
         if count < 0:
             return None
         self.count = count

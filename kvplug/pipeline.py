@@ -19,18 +19,21 @@ from kvplug.pages import PageGeometry
 from kvplug.pending import PendingSteps, PendingTokens
 from kvplug.policies import make_stages
 from kvplug.select.unranked import count_unranked
+from kvplug.selection_counts import SelectionCounts
 from kvplug.stage import Layer, LayerShape, Memory, Passage
 from kvplug.step import Sealing, Step
-from kvplug.windows import Batch, cut_windows
+from kvplug.windows import EVERYTHING, Batch, cut_windows
 from kvplug.workspace import Workspace
 
 if TYPE_CHECKING:
     from kvplug.budget.base import Budget
     from kvplug.index.base import PageIndex
+    from kvplug.knobs import Knobs
     from kvplug.page_reader import PageReader
     from kvplug.probe.base import Probe
     from kvplug.segment.base import Segmenter
     from kvplug.select.base import Select
+    from kvplug.windows import Ints
 
 
 logger = logging.getLogger("vllm.kvplug")
@@ -118,8 +121,11 @@ class Pipeline:
         """Places of the step's tokens among those that wait; None if they do not."""
         self.segmenter: Segmenter | None = None
         self.watched = False
-        self.unranked_rows = 0
-        """Rows (window, KV head) whose scores were not all finite."""
+        self.trace: Any = None
+        """Told whose rows a step's are, where requests are traced (:mod:`kvplug.observe.trace`)."""
+        self.counts = SelectionCounts()
+        self.num_layers = 0
+        """Layers that retrieve, those without an index included."""
 
     def set_budget(self, tokens: int) -> None:
         """Gives windows another budget from the next step on.
@@ -140,6 +146,7 @@ class Pipeline:
 
     def make_layer(self, shape: LayerShape, reader: PageReader | None) -> LayerStages | None:
         """A layer's stages, or None where the recipe retrieves nothing."""
+        self.num_layers += 1
         if self.stages.index is None:
             return None
         known = set(self.common)
@@ -162,28 +169,61 @@ class Pipeline:
             wait: the step then takes the stock path itself.
         """
         self.waiting = None
-        if self.stages.always_dense:
-            return None
+        plan = None if self.stages.always_dense else self._plan(batch)
+        if plan is None:
+            self.counts.dense_tokens += int(batch.query_start[-1])
+        else:
+            rows = self.num_kv_heads * self.num_layers
+            varies = self.stages.budget.varies
+            self.counts.add(plan.step.windows, self.geometry.page, rows, varies=varies)
+        return plan
+
+    def _plan(self, batch: Batch) -> Plan | None:
+        """See :meth:`plan`, for recipes that retrieve."""
         if self.seals is not None:
             self.seals.reset(batch.slots, self.geometry.page)
         if self.watched and self._can_wait(batch):
             return None
-        query_start, seq_lens, is_prefilling, block_table, slots = batch
+        query_start, seq_lens, is_prefilling, block_table, slots, budgets = batch
         if not self.watched and seq_lens.max() <= self.geometry.dense_below:
             return None
         cut = (query_start, seq_lens, is_prefilling, self.geometry)
-        windows = cut_windows(*cut)
+        windows = cut_windows(*cut, budgets=budgets)
         is_sparse = bool(windows.sparse.any())
         if not is_sparse and not self.watched:
             return None
-        stream = cut_windows(*cut, merge=False) if self.watched else None
+        stream = cut_windows(*cut, merge=False, budgets=budgets) if self.watched else None
         pages = torch.from_numpy(block_table)
-        step = Step(windows, pages, self.geometry.most_pages, stream, is_prefilling)
+        geometry = self.geometry if budgets is None else self._widest(budgets, seq_lens)
+        step = Step(windows, pages, geometry.most_pages, stream, is_prefilling)
         new = torch.from_numpy(slots[: query_start[-1]])
         if not is_sparse:
             return Plan(step, new, None)
-        table = PageTable(step, self.geometry, self.num_kv_heads, self.workspace)
+        table = PageTable(step, geometry, self.num_kv_heads, self.workspace)
         return Plan(step, new, table)
+
+    def _widest(self, budgets: Ints, seq_lens: Ints) -> PageGeometry:
+        """Sizes that rows of the step's page table need where requests have budgets of their own.
+
+        Args:
+            budgets: ``[B]``; see :class:`Batch`.
+            seq_lens: ``[B]``.
+        """
+        geometry, page = self.geometry, self.geometry.page
+        is_dense = budgets == EVERYTHING
+        pages = int(budgets[~is_dense].max(initial=0))
+        return geometry._replace(
+            most_pages=max(geometry.most_pages, self.stages.budget.most_pages(pages * page, page)),
+            dense_below=max(geometry.dense_below, int(seq_lens[is_dense].max(initial=0))),
+        )
+
+    def budget_pages(self, knobs: Knobs) -> int:
+        """Far pages of the windows of a request with ``knobs``; see :class:`Batch`."""
+        if knobs.dense:
+            return EVERYTHING
+        if knobs.budget is None:
+            return self.geometry.budget_pages
+        return self.stages.budget.pages(knobs.budget, self.geometry.page)
 
     def _can_wait(self, batch: Batch) -> bool:
         """Whether the step's tokens wait; if not, those that do are told first."""
@@ -254,9 +294,10 @@ class Pipeline:
         layer.index.score(probes, step, scores)
         self._count_unranked(scores, step)
         counts = workspace.take("counts", (num_windows, heads), torch.int32)
-        counts.fill_(self.geometry.budget_pages)
+        counts.copy_(step.asked)
         if layer.budget.varies:
-            layer.budget.count(scores, step, counts, workspace)
+            layer.budget.count(scores, queries, step, counts, workspace)
+            self.counts.pages_attended += int(counts.sum())
         shape = (num_windows, heads, step.max_selected)
         selected = workspace.take("selected", shape, torch.int32)
         layer.select.select(scores, step, counts, selected)
@@ -268,12 +309,12 @@ class Pipeline:
         rows = count_unranked(
             scores.numpy(), step.sparse_windows, windows.far_begin, windows.far_end
         )
-        if rows and not self.unranked_rows:
+        if rows and not self.counts.unranked_rows:
             logger.warning(
                 "kvplug: page scores are not finite, so queries or keys are not; such windows "
                 "attend to sinks, local and the newest far pages. They are counted from now on."
             )
-        self.unranked_rows += rows
+        self.counts.unranked_rows += rows
 
     def warm_up(self, shape: LayerShape, reader: PageReader | None) -> None:
         """Compiles every kernel that a step can call, on a made-up one, before the first request.

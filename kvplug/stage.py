@@ -52,6 +52,10 @@ class LayerShape(NamedTuple):
     """Tokens before a window's first query, itself included, that are always attended."""
     scale: float
     """Of the layer's logits, ``1 / sqrt(D)`` in most models."""
+    softcap: float
+    """Cap of the layer's logits, 0 for none."""
+    dense_below: int
+    """Windows whose context ends at or before this token attend to everything."""
 
 
 class Passage:

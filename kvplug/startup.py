@@ -10,6 +10,8 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from kvplug.errors import KvplugError
+from kvplug.observe.trace import check_path
+from kvplug.observe.worker import EXTENSION
 from kvplug.offload.setup import adopt_offload, make_pools
 from kvplug.selection import (
     DEFAULT_PAGE,
@@ -18,6 +20,8 @@ from kvplug.selection import (
 )
 
 if TYPE_CHECKING:
+    from kvplug.config import KvplugConfig
+    from kvplug.observe.observers import Observers
     from kvplug.policies.base import Stages
 
 logger = logging.getLogger("vllm.kvplug")
@@ -51,6 +55,9 @@ def adopt(vllm_config: Any) -> None:
     _check_stages(stages, vllm_config)
     config.resolve_dense_layers(vllm_config.model_config.get_total_num_hidden_layers())
     cache.block_size = page
+    if not vllm_config.parallel_config.worker_extension_cls:
+        vllm_config.parallel_config.worker_extension_cls = EXTENSION
+    _check_observing(config, stages)
     if config.offload is not None:
         adopt_offload(vllm_config, config)
 
@@ -164,6 +171,31 @@ def _check_stages(stages: Stages, vllm_config: Any) -> None:
         )
 
 
+def _check_observing(config: KvplugConfig, stages: Stages) -> None:
+    """Refuses exact attention beside nothing, or to cold pages, past the checks for I/O errors.
+
+    Raises:
+        KvplugError: With the reason.
+    """
+    wanted = {
+        "kvplug option audit": bool(config.audit),
+        "kvplug option trace": config.trace is not None,
+        f"Budget {stages.budget.name!r}": stages.budget.audits,
+    }
+    if config.trace is not None:
+        check_path(config.trace)
+    for what, asked in wanted.items():
+        if asked and stages.always_dense:
+            raise KvplugError(
+                f"{what} has nothing to look at: policy {config.policy!r} attends to everything."
+            )
+        if asked and config.offload is not None and config.offload.tier == "disk":
+            raise KvplugError(
+                f"{what} attends to the whole context now and then, which kvplug does not do with "
+                f"offload to disk."
+            )
+
+
 def bind_layers(vllm_config: Any) -> None:
     """Gives every layer its cache and index, and checks that kvplug is live where it should be.
 
@@ -178,6 +210,8 @@ def bind_layers(vllm_config: Any) -> None:
 
     from kvplug.attention.impl import KvplugImpl
     from kvplug.compiled import same_threads, warming_up
+    from kvplug.observe.exporter import EXPORTER
+    from kvplug.observe.selection_metrics import selection_metrics
 
     config = options_of(vllm_config)
     model = vllm_config.model_config
@@ -199,15 +233,34 @@ def bind_layers(vllm_config: Any) -> None:
         )
     shapes = _shapes(vllm_config, retrieving)
     pools = make_pools(vllm_config, retrieving)
+    observers = _observers(vllm_config, shapes)
     for number, shape in shapes.items():
         layer = retrieving[number]
         scales = (layer._k_scale_float, layer._v_scale_float)
-        layer.impl.bind(layer.kv_cache, shape, scales, pools.get(number))
+        layer.impl.bind(layer.kv_cache, shape, scales, pools.get(number), observers)
     pipelines = {id(layer.impl.pipeline): number for number, layer in retrieving.items()}
     for number in pipelines.values():
         with same_threads(), warming_up():
             warm_up(retrieving[number].impl, shapes[number])
+        retrieving[number].impl.pipeline.trace = observers.trace
+        EXPORTER.add(retrieving[number].impl.pipeline, selection_metrics())
     _report(vllm_config, layers)
+
+
+def _observers(vllm_config: Any, shapes: dict[int, Any]) -> Observers:
+    """What looks on while layers attend."""
+    from kvplug.observe.observers import Observers
+
+    config = options_of(vllm_config)
+    head = {
+        "model": vllm_config.model_config.tokenizer,
+        "policy": config.policy,
+        "budget": config.budget,
+        "page": vllm_config.cache_config.block_size,
+        "layers": sorted(shapes),
+        "options": config.options,
+    }
+    return Observers.of(config, head, vllm_config.parallel_config.rank)
 
 
 def _shapes(vllm_config: Any, layers: dict[int, Any]) -> dict[int, Any]:
@@ -223,7 +276,8 @@ def _shapes(vllm_config: Any, layers: dict[int, Any]) -> dict[int, Any]:
             num_pages=pages, num_kv_heads=heads, page=page, head_dim=width // 2, layer=number,
             first_kv_head=first_kv_head(vllm_config, heads), seed=config.seed,
             num_heads=impl.num_heads, num_layers=len(layers), rank=rank, window=config.window,
-            local=config.local, scale=impl.scale,
+            local=config.local, scale=impl.scale, softcap=impl.logits_soft_cap,
+            dense_below=config.dense_below,
         )  # fmt: skip
     return shapes
 

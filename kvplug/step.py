@@ -6,10 +6,9 @@ from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+import torch
 
 if TYPE_CHECKING:
-    import torch
-
     from kvplug.windows import Ints, Windows
 
 
@@ -37,7 +36,7 @@ class Step:
     Args:
         windows: The step's ``S`` windows.
         block_table: ``[B, max_pages]`` int32, physical page of each logical page of a request.
-        most_pages: Most far pages that a window can select in any layer and head.
+        most_pages: Most far pages that a window of the step can select in any layer and head.
         stream: Every window of the step, dense ones included and not merged, with the far pages
             that its place in the request gives it: what memories watch. None where nobody does.
         is_prefilling: ``[B]`` whether a request's prompt was incomplete before this step.
@@ -73,6 +72,12 @@ class Step:
         return self._is_prefilling[self.stream.request]
 
     @cached_property
+    def prefills(self) -> np.ndarray:
+        """``[S]`` whether a window is a part of its request's prompt."""
+        assert self._is_prefilling is not None
+        return self._is_prefilling[self.windows.request]
+
+    @cached_property
     def block_table_host(self) -> Ints:
         """``block_table`` as an array over the same memory (host only)."""
         return self.block_table.numpy()
@@ -81,6 +86,11 @@ class Step:
     def sparse_windows(self) -> Ints:
         """``[W]`` numbers of the windows that select pages."""
         return np.flatnonzero(self.windows.sparse).astype(np.int32)
+
+    @cached_property
+    def asked(self) -> torch.Tensor:
+        """``[W, 1]`` int32 far pages that each of them selects where budgets do not vary."""
+        return torch.from_numpy(self.windows.num_selected[self.sparse_windows, None])
 
     @cached_property
     def max_far_pages(self) -> int:

@@ -19,6 +19,9 @@ from kvplug.pages import PageGeometry
 Ints = NDArray[np.int32]
 Flags = NDArray[np.bool_]
 
+EVERYTHING = 2**30
+"""A budget that no context exceeds: every window with it is dense."""
+
 
 class Batch(NamedTuple):
     """One step's batch, as arrays over vLLM's memory."""
@@ -33,6 +36,9 @@ class Batch(NamedTuple):
     """``[B, max_pages]`` physical pages."""
     slots: NDArray[np.int64]
     """``[T]`` where the step's keys go; more rows are padding."""
+    budgets: Ints | None = None
+    """``[B]`` far pages of each request's windows, EVERYTHING for a dense one; None: no request
+    asks for a budget of its own."""
 
 
 class Windows(NamedTuple):
@@ -70,6 +76,7 @@ def cut_windows(
     geometry: PageGeometry,
     *,
     merge: bool = True,
+    budgets: Ints | None = None,
 ) -> Windows:
     """Cuts one step's batch into windows.
 
@@ -80,25 +87,30 @@ def cut_windows(
         geometry: Region sizes.
         merge: Join adjacent dense windows of a request, and give dense ones no far pages. Without,
             every window has an entry and the far pages that its place in the request gives it.
+        budgets: ``[B]`` far pages of each request's windows; None: the geometry's for all.
     """
+    if budgets is None:
+        budgets = np.full(seq_lens.shape[0], geometry.budget_pages, dtype=np.int32)
     capacity = int(query_start[-1])
     columns = np.empty((7, capacity), dtype=np.int32)
     sparse = np.empty(capacity, dtype=np.bool_)
-    count = _cut(query_start, seq_lens, is_prefilling, geometry, merge, columns, sparse)
+    batch = (query_start, seq_lens, is_prefilling, budgets)
+    count = _cut(*batch, geometry, merge, columns, sparse)
     request, start, tokens, end, far_begin, far_end, selected = columns[:, :count]
     return Windows(request, start, tokens, end, far_begin, far_end, selected, sparse[:count])
 
 
 @njit(cache=True)
 def _cut(  # type: ignore[no-untyped-def]
-    query_start, seq_lens, is_prefilling, geometry, merge, columns, sparse
+    query_start, seq_lens, is_prefilling, budgets, geometry, merge, columns, sparse
 ):
     """Fills ``columns`` (the fields of Windows, in order) and ``sparse``; returns S."""
-    page, window, sink_pages, local, budget_pages, dense_below, _ = geometry
+    page, window, sink_pages, local, _, dense_below, _ = geometry
     count = 0
     for request in range(seq_lens.shape[0]):
         start, stop = query_start[request], query_start[request + 1]
         context_before = seq_lens[request] - (stop - start)
+        budget_pages = budgets[request]
         mergeable = False
         token = start
         while token < stop:

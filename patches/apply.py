@@ -28,12 +28,13 @@ def all_patches() -> list[Patch]:
         cpu_backend,
         kernel_rebinding,
         model_output,
+        request_knobs,
         whole_hits,
     )
 
     files = (
         checked_config, cpu_backend, kernel_rebinding, aligned_chunks, whole_hits, bound_cache,
-        model_output, cold_cache,
+        model_output, cold_cache, request_knobs,
     )  # fmt: skip
     return [patch for file in files for patch in file.PATCHES]
 

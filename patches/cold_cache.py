@@ -89,7 +89,6 @@ def _wrap_sampling(original: Callable[..., Any]) -> Callable[..., Any]:
             lost = pools.take_unreadable()
             if lost:
                 report(self, lost)
-            pools.step_done()
         return original(self, *args, **kwargs)
 
     return sample_tokens
@@ -98,13 +97,15 @@ def _wrap_sampling(original: Callable[..., Any]) -> Callable[..., Any]:
 def pools_of(runner: Any) -> Pools:
     """The pools of a runner's layers, collected once."""
     if not hasattr(runner, POOLS):
-        from kvplug.observe.pool_metrics import PoolMetrics
+        from kvplug.observe.exporter import EXPORTER
+        from kvplug.observe.pool_metrics import pool_metrics
 
         context = runner.compilation_config.static_forward_context
         found = [getattr(getattr(layer, "impl", None), "hot", None) for layer in context.values()]
         offload = offload_of(runner.vllm_config)
         assert offload is not None
-        pools = Pools([pool for pool in found if pool is not None], PoolMetrics(offload.tier))
+        pools = Pools(pool for pool in found if pool is not None)
+        EXPORTER.add(pools, pool_metrics(offload.tier))
         setattr(runner, POOLS, pools)
     return getattr(runner, POOLS)
 

@@ -54,6 +54,8 @@ POLICY_CASES = [
         "simhash", {"probe": ["activation", "last_activated"], "budget": "entropy"}, varies=True
     ),
     PolicyCase("quest", {"budget": {"name": "top_p", "p": 0.5, "temperature": 0.2}}, varies=True),
+    PolicyCase("channels", {"budget": {"name": "recall", "target": 0.6, "every": 3}}, varies=True),
+    PolicyCase("simhash", {"budget": {"name": "recall", "every": 1, "margin": 1.0}}, varies=True),
     PolicyCase(
         "hcam",
         {},

@@ -20,7 +20,7 @@ from kvplug.config import KvplugConfig
 from kvplug.page_reader import PageReader
 from kvplug.pipeline import LayerStages, Pipeline, Plan
 from kvplug.stage import Layer, LayerShape
-from kvplug.windows import Batch
+from kvplug.windows import Batch, Ints
 from tests.cases import PolicyCase
 
 MAX_CONTEXT = 1024
@@ -65,7 +65,8 @@ def layer_shape(**changed: Any) -> LayerShape:
     """A small layer's geometry, with whatever a test needs changed."""
     shape = LayerShape(
         num_pages=40, num_kv_heads=3, page=8, head_dim=HEAD_DIM, layer=1, first_kv_head=0, seed=0,
-        num_heads=6, num_layers=1, rank=0, window=16, local=20, scale=0.25,
+        num_heads=6, num_layers=1, rank=0, window=16, local=20, scale=0.25, softcap=0.0,
+        dense_below=0,
     )  # fmt: skip
     shape = shape._replace(**changed)
     if "num_heads" not in changed:
@@ -108,6 +109,8 @@ class World:
     """Seed of the order in which pages are dealt."""
     pages_of: dict[int, list[int]] = field(default_factory=dict)
     """Physical pages of each request."""
+    asked: dict[int, int] = field(default_factory=dict)
+    """Far pages of requests that ask for a budget of their own."""
     _forked: dict[int, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -118,7 +121,8 @@ class World:
         self.config = config
         shape = layer_shape(
             num_pages=self.num_pages, num_kv_heads=self.num_kv_heads, page=self.page,
-            num_heads=self.num_kv_heads * self.group, window=config.window,
+            num_heads=self.num_kv_heads * self.group, window=config.window, local=config.local,
+            dense_below=config.dense_below,
         )  # fmt: skip
         self.cache = torch.zeros(self.num_pages * self.num_kv_heads, 1, self.page, HEAD_DIM)
         self.layer: LayerStages | None = self.pipeline.make_layer(shape, reader_of(self.cache))
@@ -208,10 +212,18 @@ class World:
             np.array([piece.prefilling for piece in pieces]),
             self.table(pieces).numpy(),
             slots.numpy(),
+            self.budgets(pieces),
         )
         plan = self.pipeline.plan(batch)
         self._pack(self.new_keys(pieces), slots)
         return plan
+
+    def budgets(self, pieces: Sequence[Piece]) -> Ints | None:
+        """``[B]`` far pages, where any request asks for its own."""
+        if not self.asked:
+            return None
+        pages = self.pipeline.geometry.budget_pages
+        return np.array([self.asked.get(piece.request, pages) for piece in pieces], np.int32)
 
     def new_keys(self, pieces: Sequence[Piece]) -> torch.Tensor:
         """``[T, Hk, D]`` keys of the step."""

@@ -93,9 +93,10 @@ def test_a_name_like_no_other_gets_all_names() -> None:
         ("seed", -1, "greater than or equal to 0"),
         ("options", [], "dict"),
         ("options", None, "dict"),
-        ("audit", 0.1, "not available in this version"),
-        ("audit", -0.1, "not available in this version"),
-        ("trace", "trace.json", "not available in this version"),
+        ("audit", 1.1, "less than or equal to 1"),
+        ("audit", -0.1, "greater than or equal to 0"),
+        ("trace", "", "at least 1 character"),
+        ("trace", 3, "valid string"),
     ],
 )
 def test_a_bad_value_is_named_with_its_limit(field: str, value: Any, limit: str) -> None:

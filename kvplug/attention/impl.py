@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from kvplug.attention.attend.cpu import Call
     from kvplug.attention.metadata import KvplugMetadata
+    from kvplug.observe.observers import Observers
     from kvplug.offload.hot_pool import HotPool, Turn
     from kvplug.page_table import PageTable
     from kvplug.pipeline import Plan
@@ -51,7 +52,7 @@ class KvplugImpl(CPUAttentionBackendImpl):
         self.hot: HotPool | None = None
         """In front of a cold store; None where the cache itself is attended to."""
         self.is_dense = self.sliding_window != -1
-        # For measurements: told the queries [T, H, D] and the plan once its pages are selected.
+        # Audits and measurements: told queries [T, H, D] and plan once its pages are selected.
         self.observer: Callable[[torch.Tensor, Plan], None] | None = None
 
     def adopt(self, pipeline: Pipeline, attend: CpuAttend) -> None:
@@ -70,7 +71,7 @@ class KvplugImpl(CPUAttentionBackendImpl):
 
     def bind(
         self, kv_cache: torch.Tensor, shape: LayerShape, scales: tuple[float, float] = (1.0, 1.0),
-        hot: HotPool | None = None,
+        hot: HotPool | None = None, observers: Observers | None = None,
     ) -> None:  # fmt: skip
         """Takes the layer's cache and allocates what the layer remembers.
 
@@ -79,6 +80,7 @@ class KvplugImpl(CPUAttentionBackendImpl):
             shape: The layer's geometry.
             scales: Of quantised keys and values.
             hot: In front of the cache, where that is a cold store.
+            observers: What looks on while the layer attends.
 
         Raises:
             KvplugError: The cache's layout is not one that pages can be viewed in, or read in
@@ -97,6 +99,8 @@ class KvplugImpl(CPUAttentionBackendImpl):
                 )
             means = self.stages.index.means
             self.coarse = CoarseMerge(reader, values, means, self.scale, self.logits_soft_cap)
+        if observers is not None:
+            self.observer = observers.for_layer(shape, reader)
         if hot is not None:
             self.hot, self.cache = hot, SingleHeadCache.of(hot.pages, scales)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from vllm.config import VllmConfig, get_layers_from_vllm_config
 from vllm.model_executor.layers.attention import Attention
@@ -18,10 +19,12 @@ from kvplug.attention.attend.cpu import Call, CpuAttend
 from kvplug.errors import KvplugError
 from kvplug.pipeline import Pipeline, Plan
 from kvplug.selection import options_of
-from kvplug.windows import Batch
+from kvplug.windows import EVERYTHING, Batch
 
 if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import AttentionSpec
+
+    from kvplug.windows import Ints
 
 
 @dataclass
@@ -75,6 +78,15 @@ class KvplugMetadataBuilder(CPUAttentionMetadataBuilder):
         for layer in layers.values():
             layer.impl.adopt(self.pipeline, self.attend)
         self.windowed = self.window_size != -1
+        self.budgets: Ints | None = None
+        """``[B]`` far pages of each request of the next step; None where none asks for its own."""
+
+    def _row_budgets(self, rows: int) -> Ints | None:
+        """The budgets, for padded rows too."""
+        if self.budgets is None or len(self.budgets) == rows:
+            return self.budgets
+        padding = rows - len(self.budgets)
+        return np.pad(self.budgets, (0, padding), constant_values=EVERYTHING)
 
     def build(
         self,
@@ -93,7 +105,7 @@ class KvplugMetadataBuilder(CPUAttentionMetadataBuilder):
         batch = Batch(
             common.query_start_loc_cpu.numpy(), common.seq_lens.numpy(),
             common.is_prefilling.numpy(), common.block_table_tensor.numpy(),
-            common.slot_mapping.numpy(),
+            common.slot_mapping.numpy(), self._row_budgets(common.num_reqs),
         )  # fmt: skip
         plan = self.pipeline.plan(batch)
         metadata.plan, metadata.pipeline = plan, self.pipeline

@@ -60,6 +60,14 @@ def results(module: str, job: Job, text: str) -> Iterator[tuple[str, Any]]:
 
 def _kv_gib(job: Job) -> int:
     """GiB of KV cache that the largest cell needs, with room for block rounding."""
+    if job.kv_gib is not None:
+        return job.kv_gib
+    tokens = max(job.batches) * (max(job.contexts) + job.decoded + 1024) * 1.1
+    return max(1, -(-kv_bytes(job, int(tokens)) // BYTES_PER_GIB))
+
+
+def kv_bytes(job: Job, tokens: int) -> int:
+    """Bytes of the keys and values of so many tokens, in 16 bits."""
     from transformers import AutoConfig
 
     from kvplug.bench.engine import model_path
@@ -67,5 +75,4 @@ def _kv_gib(job: Job) -> int:
     config = AutoConfig.from_pretrained(model_path(job.model))
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     per_token = 2 * 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim
-    tokens = max(job.batches) * (max(job.contexts) + job.decoded + 1024) * 1.1
-    return max(1, -(-int(tokens * per_token) // BYTES_PER_GIB))
+    return int(tokens * per_token)

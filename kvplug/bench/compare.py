@@ -62,6 +62,7 @@ def _row(policy: str, data: dict[str, Any], base: dict[str, Any]) -> dict[str, A
         **{key: value for key, value in data.items() if key != "tokens"},
         "ttft_ratio": base["ttft_s"] / data["ttft_s"],
         "decode_ratio": data["decode_tok_s"] / base["decode_tok_s"],
+        "total_ratio": base["total_s"] / data["total_s"],
         "same_tokens": tokens == base["tokens"],
         "needles": None,
         "recalled": None,

@@ -38,6 +38,10 @@ class Job:
     """Questions asked about one document of the longest context; 0 for none."""
     options: dict[str, Any] = field(default_factory=dict)
     """kvplug's options besides the policy."""
+    document: str = "needle"
+    """What the recall model is asked: a ``needle``, or a ``chain`` of words that stand apart."""
+    kv_gib: int | None = None
+    """GiB of vLLM's cache; None: as many as the largest cell needs."""
 
     def to_json(self) -> str:
         """The job as one line."""
@@ -59,6 +63,8 @@ class Cell:
     """Median over requests of the time from submission to first token, seconds."""
     decode_tok_s: float
     """Tokens per second of the whole batch, once every request of it decodes."""
+    total_s: float
+    """Time from submission to the last token of the last request, seconds."""
     correct: bool | None
     """Whether every answer was right; None where the model cannot answer."""
     tokens: list[list[int]]

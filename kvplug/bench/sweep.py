@@ -15,7 +15,8 @@ from typing import Any
 
 from kvplug.bench.engine import Bench, model_path, set_budget
 from kvplug.bench.job import Job
-from kvplug.bench.mass import Mass, MassMeter
+from kvplug.exact_mass import Mass
+from kvplug.observe.mass_meter import MassMeter
 
 LONG = 65_536
 """From this context on, first tokens are timed once."""

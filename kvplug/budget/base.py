@@ -23,6 +23,8 @@ class Budget(Stage):
     """
 
     kind = "budget"
+    audits: ClassVar[bool] = False
+    """Whether it computes exact attention now and then, which reads the whole context."""
     varies: ClassVar[bool] = False
     """Whether windows, heads or layers get different numbers, by :meth:`count`."""
 
@@ -44,14 +46,17 @@ class Budget(Stage):
         return self.pages(budget, page)
 
     def count(
-        self, scores: torch.Tensor, step: Step, counts: torch.Tensor, workspace: Workspace
-    ) -> None:
+        self, scores: torch.Tensor, queries: torch.Tensor, step: Step, counts: torch.Tensor,
+        workspace: Workspace,
+    ) -> None:  # fmt: skip
         """Says how many pages to select; called only where ``varies``.
 
         Args:
             scores: ``[W, Hk, N]`` float32, as the index wrote them.
-            step: Windows and page numbers; ``windows.num_selected`` is :meth:`pages`.
-            counts: ``[W, Hk]`` int32, holds :meth:`pages` and is written: at least 1, at most
+            queries: ``[T, H, D]`` float32 of the step.
+            step: Windows and page numbers; ``windows.num_selected`` is :meth:`pages` of the
+                request's budget.
+            counts: ``[W, Hk]`` int32, holds the same and is written: at least 1, at most
                 :meth:`most_pages` and the window's far pages.
             workspace: Where buffers live.
         """

@@ -66,8 +66,9 @@ class _Bound(EntropyBudget):
     density: LayerDensity
 
     def count(
-        self, scores: torch.Tensor, step: Step, counts: torch.Tensor, workspace: Workspace
-    ) -> None:
+        self, scores: torch.Tensor, queries: torch.Tensor, step: Step, counts: torch.Tensor,
+        workspace: Workspace,
+    ) -> None:  # fmt: skip
         """See :meth:`Budget.count`."""
         self.density.learn(scores, step, self.temperature, workspace)
         shape, windows = self.density.shape, step.stream

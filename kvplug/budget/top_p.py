@@ -62,8 +62,9 @@ class TopPBudget(Budget):
         return budget // page
 
     def count(
-        self, scores: torch.Tensor, step: Step, counts: torch.Tensor, workspace: Workspace
-    ) -> None:
+        self, scores: torch.Tensor, queries: torch.Tensor, step: Step, counts: torch.Tensor,
+        workspace: Workspace,
+    ) -> None:  # fmt: skip
         """See :meth:`Budget.count`; NaN and infinite scores weigh nothing."""
         if self.p == 1:
             return

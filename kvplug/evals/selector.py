@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from kvplug.bench.mass import Mass, MassMeter, Pages
 from kvplug.errors import KvplugError
+from kvplug.exact_mass import Mass, Pages
+from kvplug.observe.mass_meter import MassMeter
 
 if TYPE_CHECKING:
     from kvplug.page_reader import PageReader
@@ -69,7 +70,7 @@ class SelectorMeter(MassMeter):
     def head(self, queries: torch.Tensor, table: PageTable, s: int, head: int) -> Mass:
         """See :meth:`MassMeter.head`."""
         pages = Pages.of(table, s, head)
-        logits = self.logits(queries, pages).double()  # [N, G, P]
+        logits = self.logits(queries, pages.rows, pages.context).double()  # [N, G, P]
         shares = logits.logsumexp(2).T.softmax(1).mean(0)
         best = shares[pages.far].topk(pages.chosen)
         outside = float(shares[~pages.far].sum())

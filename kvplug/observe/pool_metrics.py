@@ -2,23 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-from prometheus_client import Counter
-
-from kvplug.offload.hot_pool import PoolCounts
-
-
-@dataclass(frozen=True)
-class Metric:
-    """One exported counter."""
-
-    name: str
-    """Without ``_total``, which Prometheus adds."""
-    field: str
-    """Of :class:`PoolCounts`."""
-    text: str
-
+from kvplug.observe.counters import Counters, Metric
 
 METRICS = (
     Metric("kvplug:pool_hits", "hits", "Pages of KV heads that were hot when attention asked."),
@@ -32,31 +16,10 @@ METRICS = (
 )
 
 
-class PoolMetrics:
-    """One process's counters.
+def pool_metrics(tier: str) -> Counters:
+    """The counters of one process's pools.
 
     Args:
         tier: Label of the cold store, ``host`` or ``disk``.
     """
-
-    _counters: dict[str, Counter] = {}  # noqa: RUF012 (a process has one registry)
-
-    def __init__(self, tier: str) -> None:
-        """Registers the counters, once a process."""
-        if not self._counters:
-            for metric in METRICS:
-                self._counters[metric.field] = Counter(metric.name, metric.text, ["tier"])
-        self._mine = {name: each.labels(tier) for name, each in self._counters.items()}
-        self._told = PoolCounts()
-
-    def tell(self, counts: PoolCounts) -> None:
-        """Adds what came since the last time.
-
-        Args:
-            counts: Of all the process's pools together, since they were made.
-        """
-        for name, counter in self._mine.items():
-            new = getattr(counts, name) - getattr(self._told, name)
-            if new:
-                counter.inc(new)
-        self._told = counts
+    return Counters(METRICS, tier=tier)

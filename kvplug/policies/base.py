@@ -20,6 +20,7 @@ FEATURES = {
     "events": "a segment stage",
     "chunks": "an index of chunks",
     "means": "an index of page means",
+    "best first": "a selector that takes pages in the order of their scores",
 }
 """What stages may need of each other, in words."""
 

@@ -22,6 +22,7 @@ class TopPages(Select):
     """The best pages of each window and KV head."""
 
     name = "top"
+    gives = frozenset({"best first"})
 
     def select(
         self, scores: torch.Tensor, step: Step, counts: torch.Tensor, selected: torch.Tensor

@@ -13,8 +13,8 @@ import torch
 
 from kvplug.bench import sweep as module
 from kvplug.bench.job import Job
-from kvplug.bench.mass import Mass
 from kvplug.bench.sweep import Sweep, SweepBench
+from kvplug.exact_mass import Mass
 from kvplug.pipeline import Pipeline
 from tests.cases import PolicyCase
 from tests.made_up import World

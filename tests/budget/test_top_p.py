@@ -26,7 +26,7 @@ def counts(scores: torch.Tensor, budget: int, p: float, temperature: float = 1.0
     step = step_of([Far(0, 3, 3 + pages, budget)])
     found = counts_of(step, heads)
     budgeted = TopPBudget(p, temperature).for_layer(layer_of())
-    budgeted.count(scores.float()[None].clone(), step, found, Workspace())
+    budgeted.count(scores.float()[None].clone(), torch.empty(0), step, found, Workspace())
     return found[0]
 
 
@@ -127,7 +127,7 @@ def test_each_window_and_head_has_its_own() -> None:
     scores[0, :, 7:] = 1e9
     step = step_of(far)
     found = counts_of(step, 3)
-    TopPBudget(0.7).for_layer(layer_of()).count(scores, step, found, Workspace())
+    TopPBudget(0.7).for_layer(layer_of()).count(scores, torch.empty(0), step, found, Workspace())
     for w, (pages, budget) in enumerate(((7, 5), (40, 30))):
         expected = fewest_reference(scores[w, :, :pages], 0.7).clamp(max=budget)
         assert torch.equal(found[w].long(), expected)

@@ -10,10 +10,10 @@ from dataclasses import fields, replace
 import pytest
 from prometheus_client import REGISTRY
 
-from kvplug.observe.pool_metrics import METRICS, PoolMetrics
+from kvplug.observe.pool_metrics import METRICS, pool_metrics
 from kvplug.observe.share import VARIABLE
 from kvplug.offload.hot_pool import PoolCounts
-from kvplug.offload.pools import STEPS, Pools
+from kvplug.offload.pools import Pools
 
 
 def value(name: str) -> float:
@@ -25,7 +25,7 @@ def test_every_count_is_exported() -> None:
 
 
 def test_what_is_new_is_added() -> None:
-    metrics, before = PoolMetrics("disk"), {each.name: value(each.name) for each in METRICS}
+    metrics, before = pool_metrics("disk"), {each.name: value(each.name) for each in METRICS}
     counts = PoolCounts(hits=5, misses=2, bytes_read=2048, stall_s=0.5)
     metrics.tell(counts)
     metrics.tell(counts)
@@ -38,7 +38,7 @@ def test_what_is_new_is_added() -> None:
     assert new["evictions"] == 0
 
 
-def test_layers_are_added_up_and_told_now_and_then() -> None:
+def test_layers_are_added_up() -> None:
     class Pool:
         def __init__(self, counts: PoolCounts, lost: set[int]) -> None:
             self.counts, self.unreadable = counts, lost
@@ -47,19 +47,9 @@ def test_layers_are_added_up_and_told_now_and_then() -> None:
             found, self.unreadable = self.unreadable, set()
             return found
 
-    class Told:
-        def __init__(self) -> None:
-            self.counts: list[PoolCounts] = []
-
-        def tell(self, counts: PoolCounts) -> None:
-            self.counts.append(counts)
-
-    told = Told()
     layers = [Pool(PoolCounts(hits=1, turns=2), {3}), Pool(PoolCounts(hits=4), {5, 3})]
-    pools = Pools(layers, told)  # type: ignore[arg-type]
-    for _ in range(2 * STEPS):
-        pools.step_done()
-    assert told.counts == [PoolCounts(hits=5, turns=2)] * 2
+    pools = Pools(layers)  # type: ignore[arg-type]
+    assert pools.counts == PoolCounts(hits=5, turns=2)
     assert pools.take_unreadable() == {3, 5}
     assert pools.take_unreadable() == set()
 

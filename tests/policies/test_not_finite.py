@@ -27,7 +27,7 @@ def test_queries_that_are_no_numbers(case: PolicyCase, value: float) -> None:
     made = World(case, OPTIONS, PAGE)
     plan = made.plan(PIECES)
     assert plan is not None
-    before = made.pipeline.unranked_rows
+    before = made.pipeline.counts.unranked_rows
     made.attend(PIECES, plan, sign=value)
     for attended in dict(made.read(PIECES, plan)).values():
         assert isinstance(attended, Attended)
@@ -42,7 +42,7 @@ def test_queries_that_are_no_numbers(case: PolicyCase, value: float) -> None:
                 assert selected == tuple(far)[len(far) - len(selected) :]
     if ranks_by_value(case) and math.isnan(value):
         rows = len(plan.step.sparse_windows) * made.num_kv_heads
-        assert made.pipeline.unranked_rows - before == rows
+        assert made.pipeline.counts.unranked_rows - before == rows
 
 
 @pytest.mark.parametrize("case", policy_params(retrieving=True))

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from kvplug.bench import mass
-from kvplug.bench.mass import Mass, MassMeter
+from kvplug import exact_mass
+from kvplug.exact_mass import Mass
+from kvplug.observe.mass_meter import MassMeter
 from kvplug.page_table import PageTable
 from kvplug.pages import PageGeometry
 from kvplug.pipeline import Plan
@@ -109,7 +110,7 @@ def test_only_windows_from_a_token_on_are_measured() -> None:
 
 def test_keys_are_read_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = measure([[2, 4], [1, 4]])
-    monkeypatch.setattr(mass, "READ_PAGES", 4)
+    monkeypatch.setattr(exact_mass, "READ_PAGES", 4)
     assert measure([[2, 4], [1, 4]]) == whole
 
 

@@ -1,0 +1,143 @@
+"""Lets requests ask for a budget of their own: checked in the front end, heeded in workers."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from kvplug.patches.record import Patch
+from kvplug.selection import is_selected, options_of
+
+if TYPE_CHECKING:
+    from kvplug.knobs import Knobs
+    from kvplug.windows import Ints
+
+KNOWN = "kvplug_knobs"
+"""Attribute of a model runner: what each of its requests asks for, None for nothing."""
+
+
+def _wrap_inputs(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def process_inputs(
+        self: Any, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        knobs = _checked(self.vllm_config, params)
+        request = original(self, request_id, prompt, params, *args, **kwargs)
+        if knobs is not None:
+            request.cache_salt = knobs.salt(request.cache_salt)
+        return request
+
+    return process_inputs
+
+
+def _checked(vllm_config: Any, params: Any) -> Knobs | None:
+    """What a request asks for that the engine would not do anyhow.
+
+    Raises:
+        KvplugError: Something that it cannot do. vLLM's server answers 400 with the sentence.
+    """
+    extra = getattr(params, "extra_args", None)
+    if not extra or not is_selected(vllm_config):
+        return None
+    from kvplug.knobs import Knobs
+
+    knobs = Knobs.parse(extra)
+    if knobs is None:
+        return None
+    page = vllm_config.cache_config.block_size
+    return knobs.within(options_of(vllm_config), page, vllm_config.model_config.max_model_len)
+
+
+def _wrap_metadata(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def _build_attention_metadata(
+        self: Any, num_tokens: int, num_reqs: int, *args: Any, **kwargs: Any
+    ) -> Any:
+        if is_selected(self.vllm_config):
+            tell_budgets(self, num_reqs)
+        return original(self, num_tokens, num_reqs, *args, **kwargs)
+
+    return _build_attention_metadata
+
+
+def tell_budgets(runner: Any, num_reqs: int) -> None:
+    """Tells every planner what the requests of the next step ask for.
+
+    Args:
+        runner: vLLM's model runner, its batch in order.
+        num_reqs: Requests of the step.
+    """
+    names = runner.input_batch.req_ids[:num_reqs]
+    asked = _asked(runner, names)
+    for groups in runner.attn_groups:
+        for group in groups:
+            builder = group.get_metadata_builder(0)
+            if not hasattr(builder, "budgets"):
+                continue
+            builder.budgets = _pages(builder.pipeline, asked, num_reqs)
+            if builder.pipeline.trace is not None:
+                builder.pipeline.trace.names = names
+                builder.pipeline.trace.tokens_of = functools.partial(_tokens, runner)
+
+
+def _tokens(runner: Any, row: int) -> list[int]:
+    """Token ids that vLLM's batch knows of a row's request."""
+    batch = runner.input_batch
+    known: list[int] = batch.token_ids_cpu[row, : batch.num_tokens_no_spec[row]].tolist()
+    return known
+
+
+def _asked(runner: Any, names: list[str]) -> list[Knobs | None]:
+    """What the named requests ask for; read once for each."""
+    from kvplug.knobs import Knobs
+
+    known: dict[str, Knobs | None] = runner.__dict__.setdefault(KNOWN, {})
+    for name in names:
+        if name not in known:
+            params = runner.requests[name].sampling_params
+            known[name] = Knobs.parse(params.extra_args if params is not None else None)
+    if len(known) > 2 * len(runner.requests) + 64:
+        for name in [name for name in known if name not in runner.requests]:
+            del known[name]
+    return [known[name] for name in names]
+
+
+def _pages(pipeline: Any, asked: list[Knobs | None], rows: int) -> Ints | None:
+    """Far pages of each request; None where all have the engine's budget."""
+    if all(knobs is None for knobs in asked):
+        return None
+    default = pipeline.geometry.budget_pages
+    pages = np.full(rows, default, np.int32)
+    for row, knobs in enumerate(asked):
+        if knobs is not None:
+            pages[row] = pipeline.budget_pages(knobs)
+    return pages
+
+
+_VLLM = ">=0.32,<0.33"
+_UPSTREAM = "https://github.com/vllm-project/vllm/issues/57566"
+
+PATCHES = [
+    Patch(
+        target="vllm.v1.engine.input_processor:InputProcessor.process_inputs",
+        vllm=_VLLM,
+        why="Extra arguments of a request are checked by nobody before the engine has them, and "
+        "requests with other budgets must not share cached pages.",
+        upstream=_UPSTREAM,
+        remove_when="A plugin can check a request's extra arguments and salt its prefix.",
+        fingerprint="e22b5f772979054c",
+        wrap=_wrap_inputs,
+    ),
+    Patch(
+        target="vllm.v1.worker.gpu_model_runner:GPUModelRunner._build_attention_metadata",
+        vllm=_VLLM,
+        why="A metadata builder sees lengths and pages of a batch, but not whose they are.",
+        upstream=_UPSTREAM,
+        remove_when="CommonAttentionMetadata carries the requests' extra arguments.",
+        fingerprint="6015ffa2b3ec7cd3",
+        wrap=_wrap_metadata,
+    ),
+]
