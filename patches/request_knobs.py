@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from kvplug.errors import KvplugError
 from kvplug.patches.record import Patch
 from kvplug.selection import is_selected, options_of
 
@@ -37,18 +38,21 @@ def _checked(vllm_config: Any, params: Any) -> Knobs | None:
     """What a request asks for that the engine would not do anyhow.
 
     Raises:
-        KvplugError: Something that it cannot do. vLLM's server answers 400 with the sentence.
+        VLLMValidationError: Something that it cannot do. The server answers 400 with the sentence.
     """
     extra = getattr(params, "extra_args", None)
     if not extra or not is_selected(vllm_config):
         return None
+    from vllm.exceptions import VLLMValidationError
+
     from kvplug.knobs import Knobs
 
-    knobs = Knobs.parse(extra)
-    if knobs is None:
-        return None
-    page = vllm_config.cache_config.block_size
-    return knobs.within(options_of(vllm_config), page, vllm_config.model_config.max_model_len)
+    page, longest = vllm_config.cache_config.block_size, vllm_config.model_config.max_model_len
+    try:
+        knobs = Knobs.parse(extra)
+        return None if knobs is None else knobs.within(options_of(vllm_config), page, longest)
+    except KvplugError as error:
+        raise VLLMValidationError(str(error), parameter="vllm_xargs") from None
 
 
 def _wrap_metadata(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -91,7 +91,7 @@ def map_data(traced: Traced, tokenizer: Any) -> dict[str, Any]:
         if line.get("token") and line["end"] == len(tokens) + 1:
             tokens += line["token"]
     steps: dict[int, dict[str, Any]] = {}
-    fields = ("selected", "best", "captured", "best_captured")
+    fields = ("selected", "best", "captured", "best_captured", "heavy")
     for line in traced.windows:
         step = steps.setdefault(
             line["end"],

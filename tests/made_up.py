@@ -181,6 +181,11 @@ class World:
             self.run([Piece(request, start, min(limit, stop - start), True)], cached=False)
 
     @property
+    def learns(self) -> bool:
+        """Whether what the recipe knows of a context depends on the steps that computed it."""
+        return self.pipeline.watched or self.pipeline.stages.budget.audits
+
+    @property
     def chunk_limit(self) -> int | None:
         """Most prompt tokens of a step, where the recipe has a limit."""
         segment = self.pipeline.stages.segment
@@ -201,7 +206,7 @@ class World:
                 one after the other has it already.
         """
         for piece in pieces:
-            if cached and self.pipeline.watched:
+            if cached and self.learns:
                 self.prefill(piece.request, piece.start)
             elif cached:
                 self.write(piece.request, 0, piece.start)

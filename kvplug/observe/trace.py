@@ -8,7 +8,9 @@ audit of every window, and is no thing for production traffic.
 The first line says whose trace it is. A line of kind ``request`` comes before the first window of
 a request; then come lines of kind ``window``, one for each layer, in the order of steps. A line of
 kind ``full`` is the last one of a file that grew too large. All numbers of pages are logical, in
-the request's context.
+the request's context. A window has, for each KV head: the far pages ``selected``, the ``best`` as
+many by exact attention, the shares that both hold together with sinks and local pages, and every
+far page that holds 1% or more by itself (``heavy``).
 """
 
 from __future__ import annotations
@@ -34,6 +36,8 @@ MOST_BYTES = 256 * 2**20
 """A trace ends here."""
 DIGITS = 5
 """Of shares, behind the point."""
+HEAVY = 0.01
+"""A page with this share of a query's attention is named with it."""
 
 
 def check_path(path: str) -> None:
@@ -142,7 +146,7 @@ class LayerTrace:
             "kind": "window", "request": self._trace.request(row), "layer": self._layer,
             "first": end - int(windows.num_tokens[s]), "end": end,
             "far": [int(windows.far_begin[s]), int(windows.far_end[s])],
-            "selected": [], "best": [], "captured": [], "best_captured": [],
+            "selected": [], "best": [], "captured": [], "best_captured": [], "heavy": [],
         }  # fmt: skip
         if windows.num_tokens[s] == 1:
             line["token"] = self._trace.tokens_of(row)[end - 1 :][:1]
@@ -157,4 +161,6 @@ class LayerTrace:
             line["best"].append(np.sort(best).tolist())
             line["captured"].append(round(float(always + shares[selected].sum()), DIGITS))
             line["best_captured"].append(round(float(always + shares[best].sum()), DIGITS))
+            heavy = far[shares[far] >= HEAVY]
+            line["heavy"].append([[int(p), round(float(shares[p]), DIGITS)] for p in heavy])
         return line

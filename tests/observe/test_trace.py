@@ -11,7 +11,7 @@ import pytest
 from kvplug.errors import KvplugError
 from kvplug.exact_mass import ExactAttention
 from kvplug.observe.mass_meter import MassMeter
-from kvplug.observe.trace import LayerTrace, Trace, check_path
+from kvplug.observe.trace import HEAVY, LayerTrace, Trace, check_path
 from tests.cases import PolicyCase
 from tests.made_up import Piece, World, reader_of
 
@@ -59,6 +59,12 @@ def test_every_window_and_whose_it_is(tmp_path: Path) -> None:
             assert pages == [page for page in row if begin <= page < end]
             assert len(best) == len(pages)
             assert best == sorted(set(best))
+        for heavy, best in zip(line["heavy"], line["best"], strict=True):
+            shares = sorted((share for _, share in heavy), reverse=True)
+            assert all(share >= HEAVY for share in shares)
+            # The best are the heaviest: what is heavy and not among them weighs less than each.
+            among = [share for page, share in heavy if page in best]
+            assert shares[: len(among)] == sorted(among, reverse=True)
     assert windows[-1]["token"] == [250]
     assert "token" not in windows[0]
     # The meter's windows are the trace's, in order; the dense one is not traced.

@@ -26,7 +26,7 @@ def window(request: str, layer: int, first: int, end: int, **more: Any) -> dict[
     return {
         "kind": "window", "request": request, "layer": layer, "first": first, "end": end,
         "far": [1, 3], "selected": [[1], [2]], "best": [[1], [1]], "captured": [0.9, 0.5],
-        "best_captured": [0.9, 0.8], **more,
+        "best_captured": [0.9, 0.8], "heavy": [[[1, 0.4]], []], **more,
     }  # fmt: skip
 
 
