@@ -260,7 +260,9 @@ def _observers(vllm_config: Any, shapes: dict[int, Any]) -> Observers:
         "layers": sorted(shapes),
         "options": config.options,
     }
-    return Observers.of(config, head, vllm_config.parallel_config.rank)
+    parallel = vllm_config.parallel_config
+    is_first = parallel.rank == 0 and parallel.data_parallel_rank == 0
+    return Observers.of(config, head, is_first=is_first)
 
 
 def _shapes(vllm_config: Any, layers: dict[int, Any]) -> dict[int, Any]:

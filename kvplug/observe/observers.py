@@ -34,19 +34,20 @@ class Observers:
     """Takes what every window selected."""
 
     @classmethod
-    def of(cls, config: KvplugConfig, head: dict[str, Any], rank: int) -> Observers:
+    def of(cls, config: KvplugConfig, head: dict[str, Any], *, is_first: bool) -> Observers:
         """What an engine's options ask for.
 
         Args:
             config: The user's options.
             head: What the first line of a trace says.
-            rank: Of the worker; the first one traces, with the KV heads that it has.
+            is_first: Whether this is the first worker, which alone traces: the requests and the
+                KV heads that it has.
 
         Raises:
             KvplugError: A trace file that cannot be made.
         """
         sampler = Sampler(config.audit) if config.audit else None
-        traces = config.trace is not None and rank == 0
+        traces = config.trace is not None and is_first
         return cls(sampler, Trace(str(config.trace), head) if traces else None)
 
     def for_layer(self, shape: LayerShape, reader: PageReader | None) -> Observer | None:
