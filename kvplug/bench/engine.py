@@ -183,7 +183,7 @@ def main() -> None:
     """Runs the job on standard input."""
     job = Job.from_json(sys.stdin.read())
     bench = Bench(job)
-    bench.run([bench.prompt(min(512, *job.contexts), 99)[0]], 4, "warm")
+    bench.run([bench.prompt(min(1024, *job.contexts), 99)[0]], 4, "warm")
     for context in job.contexts:
         for batch in job.batches:
             print("CELL", json.dumps(asdict(bench.cell(context, batch))), flush=True)

@@ -11,7 +11,7 @@ import openai
 import pytest
 
 from kvplug.machine import engine_environment
-from kvplug.models.documents import needle_prompt
+from kvplug.models.documents import NeedlePrompt, needle_prompt
 from kvplug.serve.server import running_server
 
 pytestmark = pytest.mark.engine
@@ -28,7 +28,7 @@ def replies(
     """Greedy token ids of every prompt, and what the workers say of themselves."""
     command = ["-m", "kvplug", "serve", model, *FLAGS, *flags]
     cores = sorted(os.sched_getaffinity(0))
-    bound = "|".join(str(cores[n % len(cores)]) for n in range(2 if flags else 1))
+    bound = "|".join(str(cores[n % len(cores)]) for n in range(2))
     environment = {
         **engine_environment(1, in_process=False),
         "VLLM_CPU_OMP_THREADS_BIND": bound,  # by itself vLLM wants a NUMA node for each worker
@@ -51,26 +51,30 @@ def replies(
 
 
 @pytest.fixture(scope="module")
-def prompts(tokenizer: Any) -> list[list[int]]:
-    return [needle_prompt(tokenizer, 2500 + 90 * n, 0.1 * n, 60 + n).token_ids for n in range(8)]
+def asked(tokenizer: Any) -> list[NeedlePrompt]:
+    return [needle_prompt(tokenizer, 2500 + 90 * n, 0.1 * n, 60 + n) for n in range(8)]
 
 
-@pytest.fixture(scope="module")
-def alone(recall_model: str, prompts: list[list[int]], tmp_path_factory: Any) -> list[list[int]]:
-    """By one worker."""
-    found, workers = replies(recall_model, prompts, [], tmp_path_factory.mktemp("alone"))
-    assert len(workers) == 1
-    assert all(len(tokens) == DECODED for tokens in found)
-    return found
-
-
-@pytest.mark.parametrize("flag", ["--tensor-parallel-size", "--data-parallel-size"])
-def test_two_workers_answer_as_one(
-    flag: str, recall_model: str, prompts: list[list[int]], alone: list[list[int]], tmp_path: Any
-) -> None:
-    found, workers = replies(recall_model, prompts, [flag, "2"], tmp_path)
-    assert found == alone
-    assert all(worker["selection"]["sparse_windows"] > 0 for worker in workers)
+def check(workers: list[dict[str, Any]]) -> None:
+    """Every worker that was asked retrieves, in both layers."""
     assert all(worker["retrieving_layers"] == 2 for worker in workers)
-    if flag == "--tensor-parallel-size":
-        assert [worker["rank"] for worker in workers] == [0, 1]
+    assert all(worker["selection"]["sparse_windows"] > 0 for worker in workers)
+
+
+def test_tensor_parallel_workers_answer_as_whole_ones(
+    recall_model: str, tokenizer: Any, asked: list[NeedlePrompt], tmp_path_factory: Any
+) -> None:
+    """Two halves of an engine against two whole engines."""
+    prompts = [prompt.token_ids for prompt in asked]
+    folder = tmp_path_factory.mktemp
+    whole, workers = replies(recall_model, prompts, ["--data-parallel-size", "2"], folder("data"))
+    check(workers)
+    for prompt, tokens in zip(asked, whole, strict=True):
+        assert len(tokens) == DECODED
+        assert tokenizer.decode(tokens).strip().startswith(prompt.expected)
+    halves, workers = replies(
+        recall_model, prompts, ["--tensor-parallel-size", "2"], folder("tensor")
+    )
+    check(workers)
+    assert [worker["rank"] for worker in workers] == [0, 1]
+    assert halves == whole
