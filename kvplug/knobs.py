@@ -1,4 +1,4 @@
-"""What a request may ask for itself: a budget of its own, or attention to everything.
+"""What a request may ask for itself: a budget or recall target of its own, or dense attention.
 
 A client sends them as ``vllm_xargs`` of the OpenAI API, each with ``kvplug_`` before its name; a
 Python program as ``SamplingParams.extra_args``.
@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from kvplug.budget.recall import RecallBudget
 from kvplug.errors import KvplugError, nearest_name
 from kvplug.policies import make_stages
 
 if TYPE_CHECKING:
     from kvplug.config import KvplugConfig
+    from kvplug.policies.base import Stages
 
 PREFIX = "kvplug_"
 
@@ -29,6 +31,9 @@ class Knobs(BaseModel):
         default=None, gt=0, strict=True, description="far tokens attended per window and KV head"
     )
     dense: bool = Field(default=False, description="attend to everything")
+    recall_target: float | None = Field(
+        default=None, gt=0, le=1, strict=True, description="share of exact attention to hold"
+    )
 
     @classmethod
     def parse(cls, extra: Mapping[str, Any] | None) -> Knobs | None:
@@ -77,24 +82,53 @@ class Knobs(BaseModel):
             KvplugError: The engine cannot do it.
         """
         stages = make_stages(config.policy, config.options)
-        if self.dense and self.budget is not None:
-            raise KvplugError(
-                f"Request options {PREFIX}dense and {PREFIX}budget exclude each other: a dense "
-                f"request attends to everything."
-            )
         if self.dense:
-            if config.offload is not None:
-                raise KvplugError(
-                    f"Request option {PREFIX}dense is not served with offload: most of the cache "
-                    f"is not in memory."
-                )
+            self._check_dense(config)
             return None if stages.always_dense else self
-        if self.budget is None:
+        if self.budget is not None:
+            self._check_budget(config, page, max_context)
+            if stages.always_dense or not stages.budget.pages(self.budget, page):
+                raise KvplugError(
+                    f"Policy {config.policy!r} takes no {PREFIX}budget: leave it out."
+                )
+        left = Knobs(
+            budget=None if self.budget == config.budget else self.budget,
+            recall_target=self._check_target(stages),
+        )
+        return None if left == Knobs() else left
+
+    def _check_dense(self, config: KvplugConfig) -> None:
+        """Refuses dense attention beside wishes that mean nothing then, or to cold pages.
+
+        Raises:
+            KvplugError: With the reason.
+        """
+        for name, value in (("budget", self.budget), ("recall_target", self.recall_target)):
+            if value is not None:
+                raise KvplugError(
+                    f"Request options {PREFIX}dense and {PREFIX}{name} exclude each other: a dense "
+                    f"request attends to everything."
+                )
+        if config.offload is not None:
+            raise KvplugError(
+                f"Request option {PREFIX}dense is not served with offload: most of the cache is "
+                f"not in memory."
+            )
+
+    def _check_target(self, stages: Stages) -> float | None:
+        """The target, where it differs from the engine's.
+
+        Raises:
+            KvplugError: The engine steers by none.
+        """
+        if self.recall_target is None:
             return None
-        self._check_budget(config, page, max_context)
-        if stages.always_dense or not stages.budget.pages(self.budget, page):
-            raise KvplugError(f"Policy {config.policy!r} takes no {PREFIX}budget: leave it out.")
-        return None if self.budget == config.budget else self
+        if not isinstance(stages.budget, RecallBudget):
+            raise KvplugError(
+                f"Request option {PREFIX}recall_target needs an engine with budget 'recall', not "
+                f'{stages.budget.name!r}: serve it with --options \'{{"budget": "recall"}}\'.'
+            )
+        return None if self.recall_target == stages.budget.target else self.recall_target
 
     def _check_budget(self, config: KvplugConfig, page: int, max_context: int) -> None:
         """Refuses budgets that no window can have.
@@ -125,4 +159,5 @@ class Knobs(BaseModel):
             salt: The request's own.
         """
         # No salt from a JSON string that a person types begins with a NUL.
-        return f"\0kvplug dense={self.dense:d} budget={self.budget} {salt or ''}"
+        wishes = f"dense={self.dense:d} budget={self.budget} recall={self.recall_target}"
+        return f"\0kvplug {wishes} {salt or ''}"

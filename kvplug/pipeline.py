@@ -184,7 +184,8 @@ class Pipeline:
             self.seals.reset(batch.slots, self.geometry.page)
         if self.watched and self._can_wait(batch):
             return None
-        query_start, seq_lens, is_prefilling, block_table, slots, budgets = batch
+        query_start, seq_lens, is_prefilling, block_table, slots, asked = batch
+        budgets = None if asked is None else asked.budgets
         if not self.watched and seq_lens.max() <= self.geometry.dense_below:
             return None
         cut = (query_start, seq_lens, is_prefilling, self.geometry)
@@ -195,7 +196,8 @@ class Pipeline:
         stream = cut_windows(*cut, merge=False, budgets=budgets) if self.watched else None
         pages = torch.from_numpy(block_table)
         geometry = self.geometry if budgets is None else self._widest(budgets, seq_lens)
-        step = Step(windows, pages, geometry.most_pages, stream, is_prefilling)
+        targets = None if asked is None else asked.targets
+        step = Step(windows, pages, geometry.most_pages, stream, is_prefilling, targets)
         new = torch.from_numpy(slots[: query_start[-1]])
         if not is_sparse:
             return Plan(step, new, None)
@@ -206,7 +208,7 @@ class Pipeline:
         """Sizes that rows of the step's page table need where requests have budgets of their own.
 
         Args:
-            budgets: ``[B]``; see :class:`Batch`.
+            budgets: ``[B]``; see :class:`Asked`.
             seq_lens: ``[B]``.
         """
         geometry, page = self.geometry, self.geometry.page
@@ -218,7 +220,7 @@ class Pipeline:
         )
 
     def budget_pages(self, knobs: Knobs) -> int:
-        """Far pages of the windows of a request with ``knobs``; see :class:`Batch`."""
+        """Far pages of the windows of a request with ``knobs``; see :class:`Asked`."""
         if knobs.dense:
             return EVERYTHING
         if knobs.budget is None:

@@ -53,11 +53,11 @@ def adopt(vllm_config: Any) -> None:
     config.check_page(page)
     _check_combination(vllm_config, config.window)
     _check_stages(stages, vllm_config)
+    _check_observing(config, stages)
     config.resolve_dense_layers(vllm_config.model_config.get_total_num_hidden_layers())
     cache.block_size = page
     if not vllm_config.parallel_config.worker_extension_cls:
         vllm_config.parallel_config.worker_extension_cls = EXTENSION
-    _check_observing(config, stages)
     if config.offload is not None:
         adopt_offload(vllm_config, config)
 

@@ -40,6 +40,7 @@ class Step:
         stream: Every window of the step, dense ones included and not merged, with the far pages
             that its place in the request gives it: what memories watch. None where nobody does.
         is_prefilling: ``[B]`` whether a request's prompt was incomplete before this step.
+        targets: ``[B]`` recall targets, NaN for the engine's; None where none has its own.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class Step:
         most_pages: int,
         stream: Windows | None = None,
         is_prefilling: np.ndarray | None = None,
+        targets: np.ndarray | None = None,
     ) -> None:
         """Holds its arguments."""
         self.windows = windows
@@ -56,6 +58,7 @@ class Step:
         self.most_pages = most_pages
         self._stream = stream
         self._is_prefilling = is_prefilling
+        self._targets = targets
         self.sealed: Sealing | None = None
         """Pages that its layers summarise, once the first of them runs."""
 
@@ -70,6 +73,13 @@ class Step:
         """``[S]`` whether a window of the stream is a part of its request's prompt."""
         assert self._is_prefilling is not None
         return self._is_prefilling[self.stream.request]
+
+    def target(self, s: int, default: float) -> float:
+        """The recall target of window ``s``'s request, or the engine's."""
+        if self._targets is None:
+            return default
+        mine = float(self._targets[self.windows.request[s]])
+        return default if np.isnan(mine) else mine
 
     @cached_property
     def prefills(self) -> np.ndarray:

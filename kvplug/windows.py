@@ -23,6 +23,16 @@ EVERYTHING = 2**30
 """A budget that no context exceeds: every window with it is dense."""
 
 
+class Asked(NamedTuple):
+    """What the requests of a batch ask for themselves."""
+
+    budgets: Ints
+    """``[B]`` far pages of each request's windows, the engine's included; EVERYTHING for a dense
+    one."""
+    targets: NDArray[np.float64]
+    """``[B]`` recall targets, NaN for the engine's."""
+
+
 class Batch(NamedTuple):
     """One step's batch, as arrays over vLLM's memory."""
 
@@ -36,9 +46,8 @@ class Batch(NamedTuple):
     """``[B, max_pages]`` physical pages."""
     slots: NDArray[np.int64]
     """``[T]`` where the step's keys go; more rows are padding."""
-    budgets: Ints | None = None
-    """``[B]`` far pages of each request's windows, EVERYTHING for a dense one; None: no request
-    asks for a budget of its own."""
+    asked: Asked | None = None
+    """None: no request asks for anything."""
 
 
 class Windows(NamedTuple):

@@ -14,7 +14,7 @@ from kvplug.selection import is_selected, options_of
 
 if TYPE_CHECKING:
     from kvplug.knobs import Knobs
-    from kvplug.windows import Ints
+    from kvplug.windows import Asked
 
 KNOWN = "kvplug_knobs"
 """Attribute of a model runner: what each of its requests asks for, None for nothing."""
@@ -25,13 +25,22 @@ def _wrap_inputs(original: Callable[..., Any]) -> Callable[..., Any]:
     def process_inputs(
         self: Any, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any
     ) -> Any:
-        knobs = _checked(self.vllm_config, params)
-        request = original(self, request_id, prompt, params, *args, **kwargs)
-        if knobs is not None:
-            request.cache_salt = knobs.salt(request.cache_salt)
-        return request
+        _checked(self.vllm_config, params)
+        return original(self, request_id, prompt, params, *args, **kwargs)
 
     return process_inputs
+
+
+def _wrap_requests(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def preprocess_add_request(self: Any, request: Any) -> Any:
+        # Here, and not in the front end, which a request made elsewhere does not pass.
+        knobs = _checked(self.vllm_config, request.sampling_params)
+        if knobs is not None:
+            request.cache_salt = knobs.salt(request.cache_salt)
+        return original(self, request)
+
+    return preprocess_add_request
 
 
 def _checked(vllm_config: Any, params: Any) -> Knobs | None:
@@ -61,13 +70,13 @@ def _wrap_metadata(original: Callable[..., Any]) -> Callable[..., Any]:
         self: Any, num_tokens: int, num_reqs: int, *args: Any, **kwargs: Any
     ) -> Any:
         if is_selected(self.vllm_config):
-            tell_budgets(self, num_reqs)
+            tell_wishes(self, num_reqs)
         return original(self, num_tokens, num_reqs, *args, **kwargs)
 
     return _build_attention_metadata
 
 
-def tell_budgets(runner: Any, num_reqs: int) -> None:
+def tell_wishes(runner: Any, num_reqs: int) -> None:
     """Tells every planner what the requests of the next step ask for.
 
     Args:
@@ -79,9 +88,9 @@ def tell_budgets(runner: Any, num_reqs: int) -> None:
     for groups in runner.attn_groups:
         for group in groups:
             builder = group.get_metadata_builder(0)
-            if not hasattr(builder, "budgets"):
+            if not hasattr(builder, "asked"):
                 continue
-            builder.budgets = _pages(builder.pipeline, asked, num_reqs)
+            builder.asked = _rows(builder.pipeline, asked, num_reqs)
             if builder.pipeline.trace is not None:
                 builder.pipeline.trace.names = names
                 builder.pipeline.trace.tokens_of = functools.partial(_tokens, runner)
@@ -109,16 +118,20 @@ def _asked(runner: Any, names: list[str]) -> list[Knobs | None]:
     return [known[name] for name in names]
 
 
-def _pages(pipeline: Any, asked: list[Knobs | None], rows: int) -> Ints | None:
-    """Far pages of each request; None where all have the engine's budget."""
+def _rows(pipeline: Any, asked: list[Knobs | None], rows: int) -> Asked | None:
+    """What each request asks for; None where none asks for anything."""
     if all(knobs is None for knobs in asked):
         return None
-    default = pipeline.geometry.budget_pages
-    pages = np.full(rows, default, np.int32)
+    from kvplug.windows import Asked
+
+    pages = np.full(rows, pipeline.geometry.budget_pages, np.int32)
+    targets = np.full(rows, np.nan)
     for row, knobs in enumerate(asked):
         if knobs is not None:
             pages[row] = pipeline.budget_pages(knobs)
-    return pages
+            if knobs.recall_target is not None:
+                targets[row] = knobs.recall_target
+    return Asked(pages, targets)
 
 
 _VLLM = ">=0.32,<0.33"
@@ -128,12 +141,21 @@ PATCHES = [
     Patch(
         target="vllm.v1.engine.input_processor:InputProcessor.process_inputs",
         vllm=_VLLM,
-        why="Extra arguments of a request are checked by nobody before the engine has them, and "
-        "requests with other budgets must not share cached pages.",
+        why="Extra arguments of a request are checked by nobody before the engine has them.",
         upstream=_UPSTREAM,
-        remove_when="A plugin can check a request's extra arguments and salt its prefix.",
+        remove_when="A plugin can check a request's extra arguments.",
         fingerprint="e22b5f772979054c",
         wrap=_wrap_inputs,
+    ),
+    Patch(
+        target="vllm.v1.engine.core:EngineCore.preprocess_add_request",
+        vllm=_VLLM,
+        why="Requests with budgets of their own must not share cached pages with others: what "
+        "earlier layers attended to is in the keys and values of later ones.",
+        upstream=_UPSTREAM,
+        remove_when="A plugin can add to what tells prefixes apart.",
+        fingerprint="a8b386db3f85cf76",
+        wrap=_wrap_requests,
     ),
     Patch(
         target="vllm.v1.worker.gpu_model_runner:GPUModelRunner._build_attention_metadata",

@@ -20,7 +20,7 @@ from kvplug.config import KvplugConfig
 from kvplug.page_reader import PageReader
 from kvplug.pipeline import LayerStages, Pipeline, Plan
 from kvplug.stage import Layer, LayerShape
-from kvplug.windows import Batch, Ints
+from kvplug.windows import Asked, Batch
 from tests.cases import PolicyCase
 
 MAX_CONTEXT = 1024
@@ -111,6 +111,8 @@ class World:
     """Physical pages of each request."""
     asked: dict[int, int] = field(default_factory=dict)
     """Far pages of requests that ask for a budget of their own."""
+    targets: dict[int, float] = field(default_factory=dict)
+    """Recall targets of requests that ask for their own."""
     _forked: dict[int, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -217,18 +219,21 @@ class World:
             np.array([piece.prefilling for piece in pieces]),
             self.table(pieces).numpy(),
             slots.numpy(),
-            self.budgets(pieces),
+            self.wishes(pieces),
         )
         plan = self.pipeline.plan(batch)
         self._pack(self.new_keys(pieces), slots)
         return plan
 
-    def budgets(self, pieces: Sequence[Piece]) -> Ints | None:
-        """``[B]`` far pages, where any request asks for its own."""
-        if not self.asked:
+    def wishes(self, pieces: Sequence[Piece]) -> Asked | None:
+        """What requests ask for themselves."""
+        if not self.asked and not self.targets:
             return None
         pages = self.pipeline.geometry.budget_pages
-        return np.array([self.asked.get(piece.request, pages) for piece in pieces], np.int32)
+        return Asked(
+            np.array([self.asked.get(piece.request, pages) for piece in pieces], np.int32),
+            np.array([self.targets.get(piece.request, np.nan) for piece in pieces]),
+        )
 
     def new_keys(self, pieces: Sequence[Piece]) -> torch.Tensor:
         """``[T, Hk, D]`` keys of the step."""

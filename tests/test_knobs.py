@@ -44,6 +44,10 @@ def test_what_is_asked_for() -> None:
         ({"kvplug_dense": True}, {"offload": OFFLOAD}, "not served with offload"),
         ({"kvplug_budget": 64}, {"policy": "streaming"}, "'streaming' takes no kvplug_budget"),
         ({"kvplug_budget": 64}, {"policy": "dense"}, "'dense' takes no kvplug_budget"),
+        ({"kvplug_recall_target": 0.9}, {}, "needs an engine with budget 'recall', not 'fixed'"),
+        ({"kvplug_recall_target": 0}, {}, "greater than 0"),
+        ({"kvplug_recall_target": 1.1}, {}, "less than or equal to 1"),
+        ({"kvplug_recall_target": 0.9, "kvplug_dense": 1}, {}, "exclude each other"),
     ],
 )
 def test_nonsense_is_refused(extra: dict[str, Any], options: dict[str, Any], sentence: str) -> None:
@@ -57,10 +61,14 @@ def test_what_changes_nothing_is_dropped() -> None:
     assert within({"kvplug_dense": 0}) is None
     assert within({"kvplug_dense": 1}, policy="dense") is None
     assert within({"kvplug_budget": 256}) == Knobs(budget=256)
+    recall = {"options": {"budget": {"name": "recall", "target": 0.9}}}
+    assert within({"kvplug_recall_target": 0.9, "kvplug_budget": 512}, **recall) is None
+    asked = within({"kvplug_recall_target": 0.8, "kvplug_budget": 512}, **recall)
+    assert asked == Knobs(recall_target=0.8)
 
 
 def test_salts_differ_by_wish_and_by_the_request_s_own() -> None:
-    wishes = [Knobs(budget=64), Knobs(budget=96), Knobs(dense=True)]
+    wishes = [Knobs(budget=64), Knobs(recall_target=0.9), Knobs(dense=True)]
     salts = {wish.salt(own) for wish in wishes for own in (None, "a", "b")}
     assert len(salts) == 9
     assert Knobs(budget=64).salt("a") == Knobs(budget=64).salt("a")

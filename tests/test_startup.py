@@ -6,12 +6,14 @@ The engine's config is made up: `adopt` reads it by its attributes.
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from kvplug.errors import KvplugError
+from kvplug.observe.worker import EXTENSION
 from kvplug.selection import BACKEND_PATH, is_selected
 from kvplug.startup import adopt
 
@@ -37,9 +39,10 @@ def engine(options: dict[str, Any] | None = None, **changed: Any) -> SimpleNames
             max_num_batched_tokens=8192, long_prefill_token_threshold=0, max_num_seqs=64
         ),
         parallel_config=SimpleNamespace(
-            decode_context_parallel_size=1, prefill_context_parallel_size=1, tensor_parallel_size=1
+            decode_context_parallel_size=1, prefill_context_parallel_size=1,
+            tensor_parallel_size=1, worker_extension_cls="",
         ),
-    )
+    )  # fmt: skip
     config.kv_transfer_config = config.speculative_config = None
     for path, value in changed.items():
         section, _, name = path.partition("__")
@@ -66,6 +69,40 @@ def test_the_block_becomes_one_page(given: bool, page: int) -> None:
     assert config.cache_config.block_size == page
     adopt(config)  # as vLLM may, in each of its processes
     assert config.cache_config.block_size == page
+
+
+@pytest.mark.parametrize(("given", "kept"), [("", EXTENSION), ("their.Worker", "their.Worker")])
+def test_workers_answer_unless_another_extension_is_there(given: str, kept: str) -> None:
+    config = engine(parallel_config__worker_extension_cls=given)
+    adopt(config)
+    assert config.parallel_config.worker_extension_cls == kept
+
+
+DISK = {"tier": "disk", "path": ".", "hot_gib": 1.0, "cold_gib": 4.0}
+
+
+@pytest.mark.parametrize(
+    ("options", "what"),
+    [
+        ({"audit": 0.1}, "kvplug option audit"),
+        ({"trace": "trace.jsonl"}, "kvplug option trace"),
+        ({"options": {"budget": "recall"}}, "Budget 'recall'"),
+    ],
+)
+def test_what_reads_whole_contexts_is_refused_beside_a_disk(
+    options: dict[str, Any], what: str
+) -> None:
+    said = refusal(engine({"policy": "quest", "offload": DISK, **options}))
+    assert said.startswith(f"{what} attends to the whole context")
+
+
+def test_nothing_is_audited_where_everything_is_attended_to() -> None:
+    assert "nothing to look at" in refusal(engine({"policy": "dense", "audit": 0.1}))
+
+
+def test_a_trace_needs_a_folder(tmp_path: Path) -> None:
+    said = refusal(engine({"trace": str(tmp_path / "no" / "trace.jsonl")}))
+    assert "there is no folder" in said
 
 
 def test_connectors_are_refused() -> None:

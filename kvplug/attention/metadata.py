@@ -19,12 +19,10 @@ from kvplug.attention.attend.cpu import Call, CpuAttend
 from kvplug.errors import KvplugError
 from kvplug.pipeline import Pipeline, Plan
 from kvplug.selection import options_of
-from kvplug.windows import EVERYTHING, Batch
+from kvplug.windows import EVERYTHING, Asked, Batch
 
 if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import AttentionSpec
-
-    from kvplug.windows import Ints
 
 
 @dataclass
@@ -78,15 +76,18 @@ class KvplugMetadataBuilder(CPUAttentionMetadataBuilder):
         for layer in layers.values():
             layer.impl.adopt(self.pipeline, self.attend)
         self.windowed = self.window_size != -1
-        self.budgets: Ints | None = None
-        """``[B]`` far pages of each request of the next step; None where none asks for its own."""
+        self.asked: Asked | None = None
+        """By the requests of the next step; None where none asks for anything."""
 
-    def _row_budgets(self, rows: int) -> Ints | None:
-        """The budgets, for padded rows too."""
-        if self.budgets is None or len(self.budgets) == rows:
-            return self.budgets
-        padding = rows - len(self.budgets)
-        return np.pad(self.budgets, (0, padding), constant_values=EVERYTHING)
+    def _asked(self, rows: int) -> Asked | None:
+        """The same, for padded rows too."""
+        if self.asked is None or len(self.asked.budgets) == rows:
+            return self.asked
+        padding = (0, rows - len(self.asked.budgets))
+        return Asked(
+            np.pad(self.asked.budgets, padding, constant_values=EVERYTHING),
+            np.pad(self.asked.targets, padding, constant_values=np.nan),
+        )
 
     def build(
         self,
@@ -105,7 +106,7 @@ class KvplugMetadataBuilder(CPUAttentionMetadataBuilder):
         batch = Batch(
             common.query_start_loc_cpu.numpy(), common.seq_lens.numpy(),
             common.is_prefilling.numpy(), common.block_table_tensor.numpy(),
-            common.slot_mapping.numpy(), self._row_budgets(common.num_reqs),
+            common.slot_mapping.numpy(), self._asked(common.num_reqs),
         )  # fmt: skip
         plan = self.pipeline.plan(batch)
         metadata.plan, metadata.pipeline = plan, self.pipeline

@@ -135,11 +135,11 @@ class _Bound(RecallBudget):
         pages = step.block_table[int(windows.request[s]), : -(-context // shape.page)].long()
         far = slice(int(windows.far_begin[s]), int(windows.far_end[s]))
         groups = query.float().view(shape.num_kv_heads, -1, shape.head_dim)
-        needed = []
+        needed, target = [], step.target(s, self.target)
         for head, group in enumerate(groups):
             rows = pages * shape.num_kv_heads + head
             shares = self.exact.shares(group, rows, context).mean(0)
-            needed.append(fewest(scores[head, : far.stop - far.start], shares[far], self.target))
+            needed.append(fewest(scores[head, : far.stop - far.start], shares[far], target))
         return needed
 
 

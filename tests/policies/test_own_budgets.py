@@ -21,3 +21,21 @@ def test_requests_may_have_budgets_of_their_own(case: PolicyCase) -> None:
         pages = min(asked.get(piece.request, BUDGET), MAX_CONTEXT // PAGE)
         alone = world(case, budget=pages * PAGE).run([piece])
         assert alone == {key: together[key] for key in alone}, piece
+
+
+def test_requests_may_have_recall_targets_of_their_own() -> None:
+    """Each gets what an engine with its target would give it."""
+    targets = {1: 0.2, 2: 0.9}
+    made = world(recalling(0.5))
+    made.targets = targets
+    together = made.run(MIXED)
+    for piece in MIXED:
+        alone = world(recalling(targets.get(piece.request, 0.5))).run([piece])
+        assert alone == {key: together[key] for key in alone}, piece
+    assert together != world(recalling(0.5)).run(MIXED)
+
+
+def recalling(target: float) -> PolicyCase:
+    """A recipe with a recall budget that audits every window."""
+    budget = {"name": "recall", "target": target, "every": 1, "margin": 1.0}
+    return PolicyCase("quest", {"budget": budget}, varies=True)
