@@ -110,10 +110,13 @@ def lines_of(path: Path, name: str) -> Iterator[dict[str, Any]]:
 
     vLLM appends to that id the number of the prompt and a few random letters.
     """
+    written = json.dumps(name)[1:-1]
     with path.open(encoding="utf-8") as file:
         for text in file:
             if not text.endswith("\n"):
                 return  # still being written
+            if '"kind":"window"' in text and written not in text:
+                continue  # another request's: not worth parsing
             line = json.loads(text)
             mine = str(line.get("request", name))
             if mine == name or mine.startswith(f"{name}-"):
