@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from kvplug.errors import KvplugError, nearest_name
+from kvplug.errors import KvplugError, clause, nearest_name
 
 DEFAULT_POLICY = "channels"
 """What docs/quality.md chose."""
@@ -131,8 +131,7 @@ def _first_problem(error: ValidationError, raw: Mapping[str, object]) -> str:
         return (
             f"kvplug option dense_layers={raw[name]!r} must be 'auto' or a list of layer numbers."
         )
-    message = problem["msg"][0].lower() + problem["msg"][1:]
-    return f"kvplug option {name}={raw[name]!r} ({field.description}): {message}."
+    return f"kvplug option {name}={raw[name]!r} ({field.description}): {clause(problem['msg'])}."
 
 
 def _offload_problem(problem: Mapping[str, Any]) -> str:
@@ -142,14 +141,13 @@ def _offload_problem(problem: Mapping[str, Any]) -> str:
         return "kvplug option offload must be a JSON object."
     if not inner:
         said = problem["msg"].removeprefix("Value error, ")
-        return f"kvplug option offload: {said[0].lower()}{said[1:]}."
+        return f"kvplug option offload: {clause(said)}."
     name = inner[0]
     if name not in OffloadConfig.model_fields:
         known = nearest_name(name, OffloadConfig.model_fields)
         return f"Unknown kvplug option offload.{name}: {known}."
     description = OffloadConfig.model_fields[name].description
-    message = problem["msg"][0].lower() + problem["msg"][1:]
-    return f"kvplug option offload.{name} ({description}): {message}."
+    return f"kvplug option offload.{name} ({description}): {clause(problem['msg'])}."
 
 
 def json_object(text: str, flag: str) -> dict[str, Any]:

@@ -10,6 +10,11 @@ class KvplugError(ValueError):
     """A bad option, model or combination, told in one sentence that says what to change."""
 
 
+def clause(sentence: str) -> str:
+    """A sentence as a part of another: what pydantic says, behind a colon."""
+    return sentence[0].lower() + sentence[1:]
+
+
 def nearest_name(name: str, known: Iterable[str]) -> str:
     """Ends an error about an unknown name: the nearest valid one, then all of them.
 

@@ -54,8 +54,7 @@ class Pages(NamedTuple):
         """Those of window ``s``."""
         windows, heads, page = table.step.windows, table.num_kv_heads, table.page
         context = int(windows.context_end[s])
-        logical = table.step.block_table[int(windows.request[s])][: -(-context // page)]
-        rows = logical.long() * heads + head
+        rows = table.step.pages_of(s, page) * heads + head
         row = s * heads + head
         filled = -(-int(table.seq_lens[row]) // page)
         attended = torch.isin(rows, table.table[row, :filled].long())

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from kvplug.budget.recall import RecallBudget
-from kvplug.errors import KvplugError, nearest_name
+from kvplug.errors import KvplugError, clause, nearest_name
 from kvplug.policies import make_stages
 
 if TYPE_CHECKING:
@@ -61,10 +61,9 @@ class Knobs(BaseModel):
         except ValidationError as error:
             problem = error.errors()[0]
             name = str(problem["loc"][0])
-            message = problem["msg"][0].lower() + problem["msg"][1:]
             raise KvplugError(
                 f"Request option {PREFIX}{name}={mine[name]!r} "
-                f"({cls.model_fields[name].description}): {message}."
+                f"({cls.model_fields[name].description}): {clause(problem['msg'])}."
             ) from None
 
     def within(self, config: KvplugConfig, page: int, max_context: int) -> Knobs | None:

@@ -161,6 +161,11 @@ class Pipeline:
         self.layers.append(layer)
         return layer
 
+    def nbytes(self) -> float:
+        """Bytes that memories of all layers take when every page is in use."""
+        mine = sum(layer.nbytes() for layer in self.layers)
+        return mine + sum(memory.nbytes() for memory in self.common.values())
+
     def plan(self, batch: Batch) -> Plan | None:
         """Plans one step.
 

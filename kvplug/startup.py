@@ -316,10 +316,8 @@ def first_kv_head(vllm_config: Any, num_kv_heads: int) -> int:
 
 def _report(vllm_config: Any, layers: dict[str, Any]) -> None:
     """Logs what is live and what the index costs."""
-    stages = [layer.impl.stages for layer in layers.values() if layer.impl.stages is not None]
-    shared = {id(m): m for layer in layers.values() for m in layer.impl.pipeline.common.values()}
-    index_bytes = sum(layer.nbytes() for layer in stages)
-    index_bytes += sum(memory.nbytes() for memory in shared.values())
+    pipelines = {id(layer.impl.pipeline): layer.impl.pipeline for layer in layers.values()}
+    index_bytes = sum(pipeline.nbytes() for pipeline in pipelines.values())
     kv_bytes = sum(layer.kv_cache.nbytes for layer in layers.values())
     config = options_of(vllm_config)
     share = f"1/{kv_bytes / index_bytes:.0f} of" if index_bytes else "none, beside"

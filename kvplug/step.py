@@ -74,6 +74,16 @@ class Step:
         assert self._is_prefilling is not None
         return self._is_prefilling[self.stream.request]
 
+    def last_queries(self, queries: torch.Tensor, s: int, num_kv_heads: int) -> torch.Tensor:
+        """``[Hk, G, D]`` float32: of window ``s``'s last token, from the step's ``[T, H, D]``."""
+        last = int(self.windows.token_start[s] + self.windows.num_tokens[s]) - 1
+        return queries[last].float().view(num_kv_heads, -1, queries.shape[-1])
+
+    def pages_of(self, s: int, page: int) -> torch.Tensor:
+        """``[N]`` int64 physical pages of window ``s``'s context, ``page`` tokens each."""
+        count = -(-int(self.windows.context_end[s]) // page)
+        return self.block_table[int(self.windows.request[s]), :count].long()
+
     def target(self, s: int, default: float) -> float:
         """The recall target of window ``s``'s request, or the engine's."""
         if self._targets is None:

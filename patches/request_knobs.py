@@ -14,10 +14,7 @@ from kvplug.selection import is_selected, options_of
 
 if TYPE_CHECKING:
     from kvplug.knobs import Knobs
-    from kvplug.windows import Asked
-
-KNOWN = "kvplug_knobs"
-"""Attribute of a model runner: what each of its requests asks for, None for nothing."""
+    from kvplug.windows import Asked, Ints
 
 
 def _wrap_inputs(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -96,26 +93,19 @@ def tell_wishes(runner: Any, num_reqs: int) -> None:
                 builder.pipeline.trace.tokens_of = functools.partial(_tokens, runner)
 
 
-def _tokens(runner: Any, row: int) -> list[int]:
-    """Token ids that vLLM's batch knows of a row's request."""
+def _tokens(runner: Any, row: int) -> Ints:
+    """Token ids that vLLM's batch knows of a row's request, over its memory."""
     batch = runner.input_batch
-    known: list[int] = batch.token_ids_cpu[row, : batch.num_tokens_no_spec[row]].tolist()
+    known: Ints = batch.token_ids_cpu[row, : batch.num_tokens_no_spec[row]]
     return known
 
 
 def _asked(runner: Any, names: list[str]) -> list[Knobs | None]:
-    """What the named requests ask for; read once for each."""
+    """What the named requests ask for."""
     from kvplug.knobs import Knobs
 
-    known: dict[str, Knobs | None] = runner.__dict__.setdefault(KNOWN, {})
-    for name in names:
-        if name not in known:
-            params = runner.requests[name].sampling_params
-            known[name] = Knobs.parse(params.extra_args if params is not None else None)
-    if len(known) > 2 * len(runner.requests) + 64:
-        for name in [name for name in known if name not in runner.requests]:
-            del known[name]
-    return [known[name] for name in names]
+    found = [getattr(runner.requests[name].sampling_params, "extra_args", None) for name in names]
+    return [Knobs.parse(extra) if extra else None for extra in found]
 
 
 def _rows(pipeline: Any, asked: list[Knobs | None], rows: int) -> Asked | None:

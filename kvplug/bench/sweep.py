@@ -199,9 +199,8 @@ class SweepBench:
         """Bytes that a layer remembers of a token, all KV heads; shared memories by equal parts."""
         if not self.layers:
             return None
-        shared = {id(m): m for pipeline in self.pipelines() for m in pipeline.common.values()}
-        total = sum(memory.nbytes() for memory in shared.values())
-        total += sum(layer.impl.stages.nbytes() for layer in self.layers if layer.impl.stages)
+        pipelines = {id(pipeline): pipeline for pipeline in self.pipelines()}
+        total = sum(pipeline.nbytes() for pipeline in pipelines.values())
         pages, _, page, _ = self.layers[0].kv_cache.shape
         return float(total / (len(self.layers) * pages * page))
 

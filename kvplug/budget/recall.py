@@ -111,9 +111,7 @@ class _Bound(RecallBudget):
             shape.window, audited,
         )  # fmt: skip
         for w in np.flatnonzero(audited):
-            s = int(rows[w])
-            last = int(windows.token_start[s] + windows.num_tokens[s]) - 1
-            found[w] = self._needed(scores[w], queries[last], step, s)
+            found[w] = self._needed(scores[w], queries, step, int(rows[w]))
         _spread(
             rows, windows.request, windows.num_tokens, windows.context_end, step.prefills,
             windows.far_begin, step.block_table_host,
@@ -121,22 +119,20 @@ class _Bound(RecallBudget):
             self.known.host, counts.numpy(),
         )  # fmt: skip
 
-    def _needed(self, scores: torch.Tensor, query: torch.Tensor, step: Step, s: int) -> list[int]:
+    def _needed(self, scores: torch.Tensor, queries: torch.Tensor, step: Step, s: int) -> list[int]:
         """Pages that each KV head needs for the last query of window ``s``.
 
         Args:
             scores: ``[Hk, N]``.
-            query: ``[H, D]``.
+            queries: ``[T, H, D]`` of the step.
             step: The step.
             s: A sparse window.
         """
         windows, shape = step.windows, self.known.shape
-        context = int(windows.context_end[s])
-        pages = step.block_table[int(windows.request[s]), : -(-context // shape.page)].long()
+        context, pages = int(windows.context_end[s]), step.pages_of(s, shape.page)
         far = slice(int(windows.far_begin[s]), int(windows.far_end[s]))
-        groups = query.float().view(shape.num_kv_heads, -1, shape.head_dim)
         needed, target = [], step.target(s, self.target)
-        for head, group in enumerate(groups):
+        for head, group in enumerate(step.last_queries(queries, s, shape.num_kv_heads)):
             rows = pages * shape.num_kv_heads + head
             shares = self.exact.shares(group, rows, context).mean(0)
             needed.append(fewest(scores[head, : far.stop - far.start], shares[far], target))

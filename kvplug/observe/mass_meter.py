@@ -52,9 +52,7 @@ class MassMeter(ExactAttention):
 
     def window(self, queries: torch.Tensor, table: PageTable, s: int) -> Mass:
         """Measures window ``s`` of a step with ``[T, H, D]`` queries, by its last one."""
-        windows = table.step.windows
-        last = int(windows.token_start[s] + windows.num_tokens[s]) - 1
-        groups = queries[last].float().view(table.num_kv_heads, -1, queries.shape[-1])
+        groups = table.step.last_queries(queries, s, table.num_kv_heads)
         shares = [self.head(group, table, s, head) for head, group in enumerate(groups)]
         return Mass.mean(shares)
 

@@ -16,6 +16,7 @@ far page that holds 1% or more by itself (``heavy``).
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -31,6 +32,9 @@ if TYPE_CHECKING:
 
     from kvplug.page_table import PageTable
     from kvplug.pipeline import Plan
+    from kvplug.windows import Ints
+
+logger = logging.getLogger("vllm.kvplug")
 
 MOST_BYTES = 256 * 2**20
 """A trace ends here."""
@@ -80,21 +84,23 @@ class Trace:
         self._known: set[str] = set()
         self.names: list[str] = []
         """Requests of the step, by row of the batch."""
-        self.tokens_of: Callable[[int], list[int]] = lambda row: []
+        self.tokens_of: Callable[[int], Ints] = lambda row: np.empty(0, np.int32)
         """Token ids that are known of a row's request: its prompt, and what was decoded."""
         self.write({"kind": "head", "note": "This file holds prompts.", **head})
 
     def write(self, line: dict[str, Any]) -> None:
-        """Adds a line, unless the file is full."""
-        if self._left <= 0:
+        """Adds a line, unless the file is full; a failing disk ends the trace, not the engine."""
+        if self.is_full:
             return
         text = json.dumps(line, separators=(",", ":")) + "\n"
         if len(text) > self._left:
+            self._left, text = 0, '{"kind":"full"}\n'
+        self._left = max(self._left - len(text), 0)
+        try:
+            self._file.write(text)
+        except OSError as error:
             self._left = 0
-            self._file.write('{"kind":"full"}\n')
-            return
-        self._left -= len(text)
-        self._file.write(text)
+            logger.warning("kvplug: the trace ends here: %s.", error.strerror)
 
     @property
     def is_full(self) -> bool:
@@ -106,7 +112,8 @@ class Trace:
         name = self.names[row]
         if name not in self._known:
             self._known.add(name)
-            self.write({"kind": "request", "request": name, "tokens": self.tokens_of(row)})
+            tokens = self.tokens_of(row).tolist()
+            self.write({"kind": "request", "request": name, "tokens": tokens})
         return name
 
 
@@ -139,8 +146,6 @@ class LayerTrace:
     def _window(self, queries: torch.Tensor, table: PageTable, s: int) -> dict[str, Any]:
         """One line: per KV head what was selected, what would have been best, shares."""
         windows = table.step.windows
-        last = int(windows.token_start[s] + windows.num_tokens[s]) - 1
-        groups = queries[last].float().view(table.num_kv_heads, -1, queries.shape[-1])
         end, row = int(windows.context_end[s]), int(windows.request[s])
         line: dict[str, Any] = {
             "kind": "window", "request": self._trace.request(row), "layer": self._layer,
@@ -149,8 +154,8 @@ class LayerTrace:
             "selected": [], "best": [], "captured": [], "best_captured": [], "heavy": [],
         }  # fmt: skip
         if windows.num_tokens[s] == 1:
-            line["token"] = self._trace.tokens_of(row)[end - 1 :][:1]
-        for head, group in enumerate(groups):
+            line["token"] = self._trace.tokens_of(row)[end - 1 : end].tolist()
+        for head, group in enumerate(table.step.last_queries(queries, s, table.num_kv_heads)):
             pages = Pages.of(table, s, head)
             shares = self._exact.shares(group, pages.rows, pages.context).mean(0).numpy()
             selected = (pages.attended & pages.far).nonzero()[:, 0].numpy()

@@ -17,7 +17,7 @@ from kvplug.bench.sweep import Sweep, SweepBench
 from kvplug.exact_mass import Mass
 from kvplug.pipeline import Pipeline
 from tests.cases import PolicyCase
-from tests.made_up import World
+from tests.made_up import World, reader_of
 
 CONTEXTS = [600, 70_000]
 WORDS = ["red", " dog", " one", ".", "<end>", "x"]
@@ -71,10 +71,10 @@ def decode(ids: list[int]) -> str:
 class Layer:
     """An attention layer whose observer is called by hand."""
 
-    def __init__(self, world: World) -> None:
+    def __init__(self, world: World, stages: Any) -> None:
         self.kv_cache = torch.zeros(world.num_pages, world.num_kv_heads, world.page, 2)
         self.impl = SimpleNamespace(
-            pipeline=world.pipeline, stages=world.layer, cache=None, scale=1.0,
+            pipeline=world.pipeline, stages=stages, cache=None, scale=1.0,
             logits_soft_cap=0.0, observer=None, attend=SimpleNamespace(reader=lambda _: "reader"),
         )  # fmt: skip
 
@@ -91,7 +91,10 @@ def bench(monkeypatch: pytest.MonkeyPatch, of: Sweep, layers: int = 2) -> tuple[
     )  # fmt: skip
     engine = Engine(world.pipeline if layers else None)
     monkeypatch.setattr(module, "Bench", lambda job: engine)
-    engine.layers = [Layer(world) for _ in range(layers)]
+    assert world.layer is not None
+    for _ in range(1, layers):
+        world.pipeline.make_layer(world.layer.index.shape, reader_of(world.cache))
+    engine.layers = [Layer(world, stages) for stages in world.pipeline.layers[:layers]]
     return SweepBench(of), engine
 
 

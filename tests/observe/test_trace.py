@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from kvplug.errors import KvplugError
@@ -31,7 +32,7 @@ def traced(path: Path, **changed: Any) -> tuple[World, MassMeter]:
     world.attend(BATCH, plan)
     trace = Trace(str(path), {"page": 8}, **changed)
     trace.names = ["a", "b", "c"]
-    trace.tokens_of = lambda row: list(range(BATCH[row].stop))
+    trace.tokens_of = lambda row: np.arange(BATCH[row].stop, dtype=np.int32)
     exact = ExactAttention(reader_of(world.cache), 0.25, 0.0)
     LayerTrace(exact, trace, 7)(world.queries(BATCH), plan)
     meter = MassMeter(reader_of(world.cache), 0.25, 0.0, since=0)
@@ -98,3 +99,17 @@ def test_a_trace_is_not_written_over(tmp_path: Path) -> None:
 def test_a_missing_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(KvplugError, match="there is no folder"):
         check_path(str(tmp_path / "nowhere" / "trace.jsonl"))
+
+
+def test_a_disk_that_fails_ends_the_trace_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trace = Trace(str(tmp_path / "trace.jsonl"), {})
+
+    def full(text: str) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(trace, "_file", type("File", (), {"write": staticmethod(full)}))
+    trace.write({"kind": "window"})
+    assert trace.is_full
+    trace.write({"kind": "window"})
