@@ -22,6 +22,10 @@ def _pair(draw: random.Random) -> str:
     return f"{draw.choice(words['adjectives'])}-{draw.choice(words['nouns'])}"
 
 
+def _plain_pair(draw: random.Random) -> str:
+    return _pair(draw).replace("-", " ")
+
+
 def _number(draw: random.Random) -> str:
     return str(draw.randrange(10 ** (DIGITS - 1), 10**DIGITS))
 
@@ -39,9 +43,10 @@ KINDS: dict[str, Callable[[random.Random], str]] = {
     "words": _pair, "numbers": _number, "uuids": _uuid,
 }  # fmt: skip
 PLAIN: dict[str, Callable[[random.Random], str]] = {
-    "words": _pair, "numbers": _phrase, "uuids": _phrase,
+    "words": _plain_pair, "numbers": _phrase, "uuids": _plain_pair,
 }  # fmt: skip
-"""The same kinds, said in words of one token each."""
+"""The same kinds, said in words of one token each. Keys are two words with nothing between them, so
+that a model which compares few tokens can tell thousands apart."""
 
 
 @dataclass(frozen=True)

@@ -54,9 +54,11 @@ def said(pattern: str) -> Callable[[Example], str]:
 
 
 def key_values(example: Example) -> str:
-    """The value in the JSON object."""
-    pairs = json.loads(example.document.split("\n", 1)[1])
-    return str(pairs[example.question.split('"')[1]])
+    """The value in the JSON object, which plain wording writes without quotes."""
+    said = example.document.split("\n", 1)[1]
+    if '"' not in said:
+        said = re.sub(r"\w+ \w+", r'"\g<0>"', said)
+    return str(json.loads(said)[example.question.removeprefix("Key: ").strip('"')])
 
 
 def codes(example: Example) -> str:
@@ -80,13 +82,17 @@ def which_first(example: Example) -> str:
     return "A" if document.index(first) < document.index(second) else "B"
 
 
-CHAPTER = re.compile(r"On ([^,]+), at the ([^,]+), (\w+ \w+) ")
+CHAPTER = re.compile(r"On ([^,]+), at the ([^,]+), (\w+ \w+) ([^.]+)\.")
 
 
-def people(example: Example) -> str:
-    """Everyone at the place."""
-    place = example.opening.removeprefix("At the ").removesuffix(" were")
-    return ", ".join(who for _, where, who in CHAPTER.findall(example.document) if where == place)
+def people_or_deeds(example: Example) -> str:
+    """Everyone at the place, or everything that someone did there."""
+    cue = re.fullmatch(r"At the ([^,]+),(?: (\w+ \w+))?", example.opening)
+    assert cue is not None
+    place, person = cue.groups()
+    there = [(who, deed) for _, where, who, deed in CHAPTER.findall(example.document)
+             if where == place]  # fmt: skip
+    return ", ".join(deed if person else who for who, deed in there if person in (None, who))
 
 
 def places(example: Example) -> str:
@@ -94,7 +100,7 @@ def places(example: Example) -> str:
     found = re.search(r"was (\w+ \w+),", example.question)
     assert found is not None
     person = found.group(1)
-    stops = [where for _, where, who in CHAPTER.findall(example.document) if who == person]
+    stops = [where for _, where, who, _ in CHAPTER.findall(example.document) if who == person]
     return ", ".join(place for place, _ in groupby(stops))
 
 
@@ -103,6 +109,6 @@ SOLVERS: dict[str, Callable[[Example], str]] = {
     "niah_multivalue": needles, "niah_multiquery": needles, "vt": variables, "cwe": common,
     "fwe": frequent, "passkey": said(r"The pass key is (\d+)\."),
     "number_string": said(r"The sequence of digits is (\d+)\."), "kv_retrieval": key_values,
-    "mqar": codes, "joint_recall": joint, "sort": which_first, "episodes": people,
+    "mqar": codes, "joint_recall": joint, "sort": which_first, "episodes": people_or_deeds,
     "chronology": places,
 }  # fmt: skip

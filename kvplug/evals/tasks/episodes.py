@@ -85,7 +85,11 @@ class _Episodes(Task):
 
 
 class CueRecall(_Episodes):
-    """``episodes``: who was at a place, over all chapters?"""
+    """``episodes``: who was at a place, or what did someone do there, over all chapters?
+
+    The benchmark cues by any of its coordinates; these are its cue (place) for people and its cue
+    (place, person) for deeds, in turns of a coin.
+    """
 
     name = "episodes"
     metric = "set_f1"
@@ -93,16 +97,18 @@ class CueRecall(_Episodes):
     def make(self, draw: random.Random, size: int, materials: Materials) -> Example:
         """See :meth:`Task.make`; a unit is a chapter."""
         text, told = self.chapters(draw, size, materials)
-        place = draw.choice(sorted({event.place for event in told}))
-        people = dict.fromkeys(event.person for event in told if event.place == place)
-        return Example(
-            text,
-            f"Which people did something at the {place}, in all chapters?",
-            f"At the {place} were",
-            tuple(people),
-            None,
-            tuple(dict.fromkeys(event.person for event in told)),
-        )
+        if draw.random() < 0.5:
+            place = draw.choice(sorted({event.place for event in told}))
+            found = [event.person for event in told if event.place == place]
+            question = f"Which people did something at the {place}, in all chapters?"
+            opening, candidates = f"At the {place},", [event.person for event in told]
+        else:
+            cue = draw.choice(told)
+            found = [e.deed for e in told if (e.place, e.person) == (cue.place, cue.person)]
+            question = f"What did {cue.person} do at the {cue.place}, in all chapters?"
+            opening, candidates = f"At the {cue.place}, {cue.person}", [e.deed for e in told]
+        answers, all_said = (tuple(dict.fromkeys(names)) for names in (found, candidates))
+        return Example(text, question, opening, answers, None, all_said)
 
 
 class Chronology(_Episodes):

@@ -64,7 +64,7 @@ class NumberString(Task):
 
 
 class KeyValues(Task):
-    """``kv_retrieval``: one value of a JSON object of UUIDs."""
+    """``kv_retrieval``: one value of a JSON object of UUIDs; plainly worded, without its quotes."""
 
     name = "kv_retrieval"
     source = f"{INFINITE}, KV Retrieval"
@@ -78,10 +78,13 @@ class KeyValues(Task):
         values = wording.some(draw, "uuids", size)
         asked = draw.randrange(size)
         pairs = json.dumps(dict(zip(keys, values, strict=True)))
+        question, opening = f'Key: "{keys[asked]}"', f'The value is: "{keys[asked]}": "'
+        if wording.plain:
+            pairs, question, opening = (t.replace('"', "") for t in (pairs, question, opening))
         return Example(
             f"Find the value of a key in this JSON object.\n{pairs}",
-            f'Key: "{keys[asked]}"',
-            f'The value is: "{keys[asked]}": "',
+            question,
+            opening,
             (values[asked],),
             asked / size,
         )
