@@ -203,6 +203,8 @@ class Pipeline:
         geometry = self.geometry if budgets is None else self._widest(budgets, seq_lens)
         targets = None if asked is None else asked.targets
         step = Step(windows, pages, geometry.most_pages, stream, is_prefilling, targets)
+        if self.segmenter is not None and seq_lens.max() > geometry.dense_below:
+            self.segmenter.prepare(step)
         new = torch.from_numpy(slots[: query_start[-1]])
         if not is_sparse:
             return Plan(step, new, None)
@@ -337,9 +339,11 @@ class Pipeline:
         ids = torch.zeros(geometry.window, dtype=torch.int64)
         context = sparse_context(geometry)
         pages = np.arange(-(-context // page), dtype=np.int32)[None]
-        for tokens in (1, geometry.window):
-            starts, ends = np.array([0, tokens], np.int32), np.array([context], np.int32)
-            slots = np.arange(context - tokens, context)
+        # A prompt's first window, then what may retrieve from it: one token, and a whole window.
+        whole = geometry.window
+        for tokens, end in ((whole, whole), (1, context), (whole, context)):
+            starts, ends = np.array([0, tokens], np.int32), np.array([end], np.int32)
+            slots = np.arange(end - tokens, end)
             batch = Batch(starts, ends, np.array([tokens > 1]), pages, slots)
             plan = self.plan(batch)
             if plan is not None:

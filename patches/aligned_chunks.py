@@ -19,11 +19,14 @@ WINDOW = "kvplug_window"
 """Attribute of a scheduler that serves kvplug: its window, in tokens."""
 LIMIT = "kvplug_chunk_limit"
 """Attribute of such a scheduler: most prompt tokens in a chunk, or None."""
+DENSE_BELOW = "kvplug_dense_below"
+"""Attribute of such a scheduler: tokens up to which contexts are dense."""
 
 
 def aligned_chunk(
-    start: int, num_new_tokens: int, prompt_tokens: int, window: int, limit: int | None = None
-) -> int:
+    start: int, num_new_tokens: int, prompt_tokens: int, window: int, limit: int | None = None,
+    dense_below: int = 0,
+) -> int:  # fmt: skip
     """How many tokens of a wanted chunk to schedule now.
 
     Args:
@@ -33,13 +36,15 @@ def aligned_chunk(
             preemption they are replayed as such, in a chunk that holds none of the prompt.
         window: Tokens per window.
         limit: Most tokens of a prompt that the recipe can take at once, in whole windows.
+        dense_below: Context up to which nothing is retrieved, so that the limit does not matter.
 
     Returns:
         At most ``num_new_tokens``; 0 asks the scheduler to wait for a step with more room.
     """
     if start >= prompt_tokens:
         return num_new_tokens
-    end = start + min(num_new_tokens, limit or num_new_tokens)
+    most = num_new_tokens if limit is None else max(limit, dense_below - start)
+    end = start + min(num_new_tokens, most)
     if end >= prompt_tokens:
         return prompt_tokens - start
     return max(end // window * window - start, 0)
@@ -59,6 +64,7 @@ def _wrap_init(original: Callable[..., Any]) -> Callable[..., Any]:
                 limit = stages.segment.chunk_limit(config.local, config.window)
             setattr(self, WINDOW, config.window)
             setattr(self, LIMIT, limit)
+            setattr(self, DENSE_BELOW, config.dense_below)
             margin = stages.hit_margin(config.local, config.window)
             setattr(self.kv_cache_manager, whole_hits.WINDOW, config.window)
             setattr(self.kv_cache_manager.coordinator, whole_hits.WINDOW, config.window)
@@ -85,8 +91,10 @@ def _wrap_split(original: Callable[..., Any]) -> Callable[..., Any]:
         if window is None:
             return int(original(self, request, num_new_tokens, *computed))
         start = request.num_computed_tokens + sum(computed)
-        limit = getattr(self, LIMIT)
-        return aligned_chunk(start, num_new_tokens, request.num_prompt_tokens, window, limit)
+        return aligned_chunk(
+            start, num_new_tokens, request.num_prompt_tokens, window, getattr(self, LIMIT),
+            getattr(self, DENSE_BELOW),
+        )  # fmt: skip
 
     return _mamba_block_aligned_split
 

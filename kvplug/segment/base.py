@@ -38,13 +38,24 @@ class Segment(Stage):
         """Most prompt tokens that one step may take, in whole windows; None for any number.
 
         Events must be known before their pages can be retrieved, so a stage that learns them from
-        a step's output keeps every step within the local region.
+        a step's output keeps every step within the local region. The limit does not hold for steps
+        that stay below ``dense_below``: they retrieve nothing.
         """
         return None
 
 
 class Segmenter(ABC):
     """Learns the events of every request that a worker serves."""
+
+    @abstractmethod
+    def prepare(self, step: Step) -> None:
+        """Makes sure that the events of contexts are known that the step may retrieve from.
+
+        Called in every step that goes beyond ``dense_below``, before the model runs.
+
+        Args:
+            step: The step; ``step.stream`` has its windows.
+        """
 
     @abstractmethod
     def learn(self, hidden: torch.Tensor, tokens: torch.Tensor, model: Any, step: Step) -> None:

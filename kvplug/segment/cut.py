@@ -13,9 +13,8 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from numba import njit, prange
+from numba import njit
 
-from kvplug.compiled import compiled
 from kvplug.segment.refine import best_split, best_split_reference
 
 BEGINS, SURPRISES = 1, 2
@@ -44,16 +43,15 @@ class Cutting(NamedTuple):
         return -(-3 * self.most // 2 // self.page) * self.page
 
 
-@compiled()
+@njit(cache=True)
 def cut_events(  # type: ignore[no-untyped-def]
-    cutting, runs, request, first, offset, new, block_table, sums, sums_first,
-    surprise, boundary, starts,
+    cutting, request, first, offset, new, block_table, sums, sums_first, surprise, boundary,
+    starts,
 ):  # fmt: skip
-    """Learns the events of a step's prompt windows, request by request, in the windows' order.
+    """Learns the events of prompt windows, one after the other: requests may share pages.
 
     Args:
         cutting: :class:`Cutting`.
-        runs: ``[r + 1]`` first window of each request, then their number n.
         request: ``[n]`` row of the block table.
         first: ``[n]`` position of each window's first token.
         offset: ``[n + 1]`` where its tokens begin in ``new``.
@@ -65,14 +63,13 @@ def cut_events(  # type: ignore[no-untyped-def]
         boundary: ``[pages, P]``.
         starts: ``[pages]``.
     """
-    for run in prange(runs.shape[0] - 1):
-        for w in range(runs[run], runs[run + 1]):
-            mine = new[offset[w] : offset[w + 1]]
-            pages, begin = block_table[request[w]], first[w]
-            _store(mine, begin, pages, surprise)
-            past = _past(cutting, begin, pages, surprise)
-            _mark(cutting, past, mine, begin, pages, sums[w], sums_first[w], boundary)
-            _flag(begin, begin + mine.shape[0], pages, boundary, starts)
+    for w in range(request.shape[0]):
+        mine = new[offset[w] : offset[w + 1]]
+        pages, begin = block_table[request[w]], first[w]
+        _store(mine, begin, pages, surprise)
+        past = _past(cutting, begin, pages, surprise)
+        _mark(cutting, past, mine, begin, pages, sums[w], sums_first[w], boundary)
+        _flag(begin, begin + mine.shape[0], pages, boundary, starts)
 
 
 @njit(cache=True)

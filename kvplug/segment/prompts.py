@@ -41,6 +41,25 @@ class Prompts(NamedTuple):
         places = np.repeat(shift, tokens) + np.arange(offset[-1])
         return cls(stream.request[rows], stream.context_end[rows] - tokens, tokens, offset, places)
 
+    def subset(self, windows: NDArray[np.int64]) -> tuple[Prompts, NDArray[np.int64]]:
+        """Some of the windows, in any order.
+
+        Args:
+            windows: ``[m]`` which.
+
+        Returns:
+            The windows by themselves; ``[t]`` where their tokens are among the ``T``.
+        """
+        tokens = self.tokens[windows]
+        offset = np.zeros(len(tokens) + 1, np.int32)
+        np.cumsum(tokens, out=offset[1:])
+        shift = self.offset[windows].astype(np.int64) - offset[:-1]
+        mine = np.repeat(shift, tokens) + np.arange(offset[-1])
+        chosen = Prompts(
+            self.request[windows], self.first[windows], tokens, offset, self.places[mine]
+        )
+        return chosen, mine
+
     def runs(self) -> Ints:
         """``[r + 1]`` first window of each request, then n."""
         begins = np.flatnonzero(np.diff(self.request, prepend=-1))

@@ -28,6 +28,7 @@ import torch
 from kvplug.errors import KvplugError, nearest_name
 from kvplug.segment.base import EventStarts, Segment, Segmenter
 from kvplug.segment.cut import Cutting, cut_events
+from kvplug.segment.deferred import NO_TOKEN, DeferredTokens, slots_of
 from kvplug.segment.memory import SurpriseMemory
 from kvplug.segment.prompts import Prompts
 from kvplug.segment.refine import METRICS
@@ -104,6 +105,7 @@ class SurpriseSegmenter(Segmenter):
         """Makes or finds the memories."""
         shape = layer.shape
         self.memory = layer.shared(SurpriseMemory)
+        self.deferred = layer.shared(DeferredTokens)
         self.events = layer.shared(EventStarts)
         self.events.limit(options.max_tokens)
         self.cutting = Cutting(
@@ -114,28 +116,80 @@ class SurpriseSegmenter(Segmenter):
             metric=METRICS.index(options.refine),
             page=shape.page,
         )
-        self._window = shape.window
+        self._window, self._dense_below = shape.window, shape.dense_below
         self._workspace = Workspace()
         self._meter = SurpriseMeter()
+        self._model: Any = None
         self._sums: KeySums | None = None
         if options.refine != "none":
             self._sums = KeySums(layer.reader, shape.num_kv_heads, shape.page, self._workspace)
 
+    def prepare(self, step: Step) -> None:
+        """See :meth:`Segmenter.prepare`: measures and cuts what was deferred."""
+        stream = step.stream
+        if not self.deferred.num_uncut[0]:
+            return
+        begins, ends = stream.context_end - stream.num_tokens, stream.context_end
+        before = np.zeros(len(step.block_table_host), np.int32)
+        # The first window of a request says where its step begins, the last one where it ends.
+        before[stream.request[::-1]] = np.minimum(begins, self._dense_below)[::-1]
+        is_short = np.ones(len(before), bool)
+        is_short[stream.request[ends > self._dense_below]] = False
+        before[is_short] = 0
+        prompts = self.deferred.uncut_windows(step.block_table_host, before)
+        if prompts is not None:
+            slots = slots_of(prompts, step.block_table_host, self.memory.shape.page)
+            pages = np.unique(slots // self.memory.shape.page).astype(np.int32)
+            self.deferred.measure(pages, self._measure, self.memory.surprise)
+            surprise = self.memory.surprise.view(-1)[torch.from_numpy(slots)]
+            self._cut_all(prompts, surprise, step)
+            self.deferred.cut(pages)
+
     def learn(self, hidden: torch.Tensor, tokens: torch.Tensor, model: Any, step: Step) -> None:
         """See :meth:`Segmenter.learn`."""
+        self._model = model
         prompts = Prompts.of(step)
         if prompts is None:
             return
-        surprise = self._measure(hidden, tokens, model, prompts, step)
         self._remember(hidden, prompts, step)
+        before, ids = self._before(hidden, tokens, prompts, step)
+        stream = step.stream
+        is_long = np.zeros(len(step.block_table_host), bool)
+        is_long[stream.request[stream.context_end > self._dense_below]] = True
+        # A prefix hit may be on pages of this very step: what comes first in a context goes first.
+        order = np.argsort(prompts.first, kind="stable")
+        is_long = is_long[prompts.request[order]]
+        if not is_long.all():
+            later, mine = prompts.subset(order[~is_long])
+            self.deferred.add(
+                later, step.block_table_host, before[mine], ids[mine], self._measure,
+                self.memory.surprise,
+            )  # fmt: skip
+        if is_long.any():
+            self.prepare(step)
+            now, mine = prompts.subset(order[is_long])
+            surprise = self._workspace.take("segment.surprise", (len(mine),), torch.float32)
+            self._measure(before[mine], ids[mine], surprise)
+            self._cut_all(now, surprise, step)
+
+    def _measure(self, before: torch.Tensor, tokens: torch.Tensor, surprise: torch.Tensor) -> None:
+        """See :meth:`SurpriseMeter.measure`."""
+        self._meter.measure(before, tokens, self._model, surprise)
+
+    def _cut_all(self, prompts: Prompts, surprise: torch.Tensor, step: Step) -> None:
+        """Files events of windows, whose history is filed or among the windows before them."""
         at_once = len(prompts.request) if self._sums is None else WINDOWS_AT_ONCE
         for begin in range(0, len(prompts.request), at_once):
             self._cut(prompts.part(begin, begin + at_once), surprise, step)
 
-    def _measure(
-        self, hidden: torch.Tensor, tokens: torch.Tensor, model: Any, prompts: Prompts, step: Step
-    ) -> torch.Tensor:
-        """``[T]`` surprises of the step's prompt tokens; NaN where the state before is unknown."""
+    def _before(
+        self, hidden: torch.Tensor, tokens: torch.Tensor, prompts: Prompts, step: Step
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The state before each of the step's prompt tokens, and the tokens.
+
+        Returns:
+            ``[T, hidden_size]``; ``[T]`` int64, NO_TOKEN where the state before is unknown.
+        """
         memory = self.memory
         index = torch.from_numpy(prompts.places)
         shape = (len(index), hidden.shape[1])
@@ -151,10 +205,9 @@ class SurpriseSegmenter(Segmenter):
         known &= memory.known[earlier] == 1
         if memory.hidden is not None:
             before[opening] = memory.hidden[earlier]
-        surprise = self._workspace.take("segment.surprise", (len(index),), torch.float32)
-        self._meter.measure(before, tokens[index], model, surprise)
-        surprise[opening[~known]] = torch.nan
-        return surprise
+        ids = tokens[index].long()
+        ids[opening[~known]] = NO_TOKEN
+        return before, ids
 
     def _remember(self, hidden: torch.Tensor, prompts: Prompts, step: Step) -> None:
         """Keeps the hidden state at the end of every window that is complete."""
@@ -168,7 +221,7 @@ class SurpriseSegmenter(Segmenter):
         )
 
     def _cut(self, prompts: Prompts, surprise: torch.Tensor, step: Step) -> None:
-        """Files events of windows that are all behind those of earlier calls."""
+        """Files events of windows; see :meth:`_cut_all`."""
         memory = self.memory
         if self._sums is None:
             sums = self._workspace.take("segment.sums", (len(prompts.request), 0, 0), torch.float64)
@@ -176,9 +229,8 @@ class SurpriseSegmenter(Segmenter):
         else:
             reach = self.cutting.reach
             sums, first = self._sums.around(prompts, reach, step.block_table_host)
-        work = len(prompts.request) * self.cutting.history
         cut_events(
-            work, self.cutting, prompts.runs(), prompts.request, prompts.first, prompts.offset,
-            surprise.numpy(), step.block_table_host, sums.numpy(), first,
-            memory.surprise.numpy(), memory.boundary.numpy(), self.events.starts.numpy(),
+            self.cutting, prompts.request, prompts.first, prompts.offset, surprise.numpy(),
+            step.block_table_host, sums.numpy(), first, memory.surprise.numpy(),
+            memory.boundary.numpy(), self.events.starts.numpy(),
         )  # fmt: skip

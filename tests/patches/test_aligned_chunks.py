@@ -84,6 +84,16 @@ def test_a_recipe_may_limit_chunks(
         assert tokens == aligned_chunk(start, min(wanted, limit), prompt, 256) <= limit
 
 
+@pytest.mark.parametrize(
+    ("start", "wanted", "expected"),
+    [(0, 8192, 4096), (1024, 8192, 3072), (3584, 8192, 512), (3840, 8192, 512), (4096, 8192, 512),
+     (0, 2048, 2048)],
+)  # fmt: skip
+def test_no_limit_where_nothing_is_retrieved(start: int, wanted: int, expected: int) -> None:
+    """Windows of 256, at most 512 tokens a chunk, contexts up to 4,100 tokens dense."""
+    assert aligned_chunk(start, wanted, 9000, 256, 512, 4100) == expected
+
+
 # ---------------------------------------------------------------- the wrappers
 
 

@@ -11,6 +11,7 @@ import torch
 from kvplug.pages import PageGeometry
 from kvplug.segment.base import EventStarts, Segmenter
 from kvplug.segment.cut import BEGINS
+from kvplug.segment.deferred import DeferredTokens
 from kvplug.segment.memory import SurpriseMemory
 from kvplug.segment.surprise import Surprise
 from kvplug.stage import Layer
@@ -27,9 +28,13 @@ HEADS, DIM = 2, 16
 class Model:
     """Two tokens; a hidden state says how surprising token 0 is to come next."""
 
-    @staticmethod
-    def compute_logits(hidden: torch.Tensor) -> torch.Tensor:
+    def __init__(self) -> None:
+        self.asked = 0
+        """Tokens whose logits were computed."""
+
+    def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """``-log_softmax(logits)[0] == hidden[0]``."""
+        self.asked += len(hidden)
         return torch.stack([torch.zeros(len(hidden)), hidden[:, 0].expm1().log()], 1)
 
 
@@ -49,10 +54,12 @@ class Part(NamedTuple):
 class Cache:
     """One layer's memories and its keys, at pages that requests share as a test likes."""
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, dense_below: int = 0, **options: Any) -> None:
         shape = layer_shape(
-            num_pages=PAGES, num_kv_heads=HEADS, page=PAGE, window=WINDOW, head_dim=DIM
-        )
+            num_pages=PAGES, num_kv_heads=HEADS, page=PAGE, window=WINDOW, head_dim=DIM,
+            dense_below=dense_below,
+        )  # fmt: skip
+        self.model = Model()
         self.keys = torch.zeros(PAGES, HEADS, DIM, PAGE)
         reader = reader_of(self.keys.view(PAGES * HEADS, 1, PAGE, DIM))
         self.layer = Layer(shape, {}, reader)
@@ -61,6 +68,7 @@ class Cache:
         self.segmenter = segmenter
         self.memory = self.layer.shared(SurpriseMemory)
         self.events = self.layer.shared(EventStarts)
+        self.deferred = self.layer.shared(DeferredTokens)
 
     def step(self, parts: Sequence[Part], keys: torch.Tensor | None = None) -> None:
         """One engine step: keys are written, then its output is learnt from.
@@ -79,7 +87,6 @@ class Cache:
             hidden.append(following[at])
             zeros = torch.zeros(part.tokens, HEADS, DIM)
             written.append(zeros if keys is None else keys[at])
-        self.write(torch.cat(written), torch.cat(slots))
         stops = np.cumsum([0, *(part.tokens for part in parts)], dtype=np.int32)
         geometry = PageGeometry(PAGE, WINDOW, 1, WINDOW, 2, 0, 2)
         prefilling = np.array([part.prefilling for part in parts])
@@ -87,15 +94,18 @@ class Cache:
             stops, np.array([p.start + p.tokens for p in parts], np.int32), prefilling, geometry,
         )  # fmt: skip
         step = Step(cut_windows(*batch), tables, 2, cut_windows(*batch, merge=False), prefilling)
+        if max(p.start + p.tokens for p in parts) > self.layer.shape.dense_below:
+            self.segmenter.prepare(step)
+        self.write(torch.cat(written), torch.cat(slots))
         padded = torch.cat([*hidden, torch.full((3,), 77.0)])[:, None].repeat(1, 2)
         self.segmenter.learn(
-            padded[: stops[-1]], torch.zeros(int(stops[-1]), dtype=torch.int32), Model(), step
+            padded[: stops[-1]], torch.zeros(int(stops[-1]), dtype=torch.int32), self.model, step
         )
 
     def write(self, keys: torch.Tensor, slots: torch.Tensor) -> None:
         """Puts keys into the cache and tells the memories."""
         self.keys[slots // PAGE, :, :, slots % PAGE] = keys
-        for memory in (self.memory, self.events):
+        for memory in (self.memory, self.events, self.deferred):
             memory.forget(slots)
 
     def prefill(
