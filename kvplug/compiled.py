@@ -30,6 +30,8 @@ class Compiled:
         """Makes the two builds; nothing is compiled yet."""
         self.__doc__ = function.__doc__
         assert isinstance(function, FunctionType)
+        # Python's model asks before every division whether to raise: no loop then runs on vectors.
+        options = {"error_model": "numpy", **options}
         # numba's disk cache tells functions apart by name, not by options.
         alone = FunctionType(function.__code__, function.__globals__, f"{function.__name__}_alone")
         alone.__qualname__ = f"{function.__qualname__}_alone"

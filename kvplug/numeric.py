@@ -99,7 +99,8 @@ def power_of_two(x):  # type: ignore[no-untyped-def]
 def log_two(x):  # type: ignore[no-untyped-def]
     """The binary logarithm of a normal positive float32, within 3 units in the last place of 1.
 
-    By the series of atanh, like :func:`power_of_two` for a vector of floats at a time.
+    By the series of atanh, like :func:`power_of_two` for a vector of floats at a time, in functions
+    that are compiled with ``error_model="numpy"``: it divides.
     """
     # The mantissa between 1 / sqrt(2) and sqrt(2), and what it is to be multiplied by.
     shifted = np.uint32(float_bits(x) - np.uint32(0x3F3504F3))

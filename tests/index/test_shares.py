@@ -59,7 +59,8 @@ def test_a_logit_that_is_no_number_harms_no_other_page(bad: float) -> None:
     logits[:, ::2, 5] = -1e4  # no share, so that the others' stay
     found = scores_of(logits)
     assert found[:, 5].isnan().all()
-    assert torch.equal(found[:, torch.arange(9) != 5], expected)
+    # Equal but for the order of a sum of 9 or of 8 terms.
+    assert (found[:, torch.arange(9) != 5] - expected).abs().max() < 1e-6
 
 
 def test_only_far_pages_are_written() -> None:
