@@ -69,7 +69,7 @@ def _largest(row):  # type: ignore[no-untyped-def]
 
 @njit(cache=True)
 def _to_powers(row, most):  # type: ignore[no-untyped-def]
-    """``2 ** (row - most)`` in place of a row, at least ``2 ** LEAST``; NaN of what is no number."""
+    """``2 ** (row - most)`` in place of a row, at least ``2 ** LEAST``; NaN of no number."""
     for n in range(row.shape[0]):
         x = row[n] - most
         power = power_of_two(min(max(x, LEAST), np.float32(0)))
