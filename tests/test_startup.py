@@ -105,10 +105,11 @@ def test_a_trace_needs_a_folder(tmp_path: Path) -> None:
     assert "there is no folder" in said
 
 
-def test_connectors_are_refused() -> None:
+@pytest.mark.parametrize("name", ["OffloadingConnector", "MultiConnector"])
+def test_connectors_are_refused(name: str) -> None:
     config = engine()
-    config.kv_transfer_config = SimpleNamespace(kv_connector="OffloadingConnector")
-    assert "--kv-transfer-config" in refusal(config)
+    config.kv_transfer_config = SimpleNamespace(kv_connector=name)
+    assert f"--kv-transfer-config ({name})" in refusal(config)
 
 
 @pytest.mark.parametrize(
