@@ -262,7 +262,8 @@ def _observers(vllm_config: Any, shapes: dict[int, Any]) -> Observers:
         "options": config.options,
     }
     parallel = vllm_config.parallel_config
-    is_first = parallel.rank == 0 and parallel.data_parallel_rank == 0
+    # Not data_parallel_rank, which vLLM makes 0 in every engine of a model without experts.
+    is_first = parallel.rank == 0 and parallel.data_parallel_index == 0
     return Observers.of(config, head, is_first=is_first)
 
 
