@@ -1,4 +1,4 @@
-"""What a request may ask for itself: a budget or recall target of its own, or dense attention.
+"""What a request may ask for itself: a budget or recall target of its own, dense attention, counts.
 
 A client sends them as ``vllm_xargs`` of the OpenAI API, each with ``kvplug_`` before its name; a
 Python program as ``SamplingParams.extra_args``.
@@ -34,6 +34,12 @@ class Knobs(BaseModel):
     recall_target: float | None = Field(
         default=None, gt=0, le=1, strict=True, description="share of exact attention to hold"
     )
+    usage: bool = Field(default=False, description="say in usage what was attended to")
+
+    @property
+    def steers(self) -> bool:
+        """Whether they change what is attended to."""
+        return self.dense or self.budget is not None or self.recall_target is not None
 
     @classmethod
     def parse(cls, extra: Mapping[str, Any] | None) -> Knobs | None:
@@ -75,7 +81,7 @@ class Knobs(BaseModel):
             max_context: Most tokens of a context.
 
         Returns:
-            None where they change nothing.
+            None where they change nothing of what is attended to.
 
         Raises:
             KvplugError: The engine cannot do it.

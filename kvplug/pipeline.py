@@ -180,7 +180,10 @@ class Pipeline:
         else:
             rows = self.num_kv_heads * self.num_layers
             varies = self.stages.budget.varies
-            self.counts.add(plan.step.windows, self.geometry.page, rows, varies=varies)
+            tally = (plan.step.windows, self.geometry.page, rows)
+            self.counts.add(*tally, varies=varies)
+            if batch.counts is not None:
+                batch.counts.add(*tally, varies=varies)
         return plan
 
     def _plan(self, batch: Batch) -> Plan | None:
@@ -189,7 +192,7 @@ class Pipeline:
             self.seals.reset(batch.slots, self.geometry.page)
         if self.watched and self._can_wait(batch):
             return None
-        query_start, seq_lens, is_prefilling, block_table, slots, asked = batch
+        query_start, seq_lens, is_prefilling, block_table, slots, asked, counts = batch
         budgets = None if asked is None else asked.budgets
         if not self.watched and seq_lens.max() <= self.geometry.dense_below:
             return None
@@ -202,7 +205,7 @@ class Pipeline:
         pages = torch.from_numpy(block_table)
         geometry = self.geometry if budgets is None else self._widest(budgets, seq_lens)
         targets = None if asked is None else asked.targets
-        step = Step(windows, pages, geometry.most_pages, stream, is_prefilling, targets)
+        step = Step(windows, pages, geometry.most_pages, stream, is_prefilling, targets, counts)
         if self.segmenter is not None and seq_lens.max() > geometry.dense_below:
             self.segmenter.prepare(step)
         new = torch.from_numpy(slots[: query_start[-1]])
@@ -307,6 +310,8 @@ class Pipeline:
         if layer.budget.varies:
             layer.budget.count(scores, queries, step, counts, workspace)
             self.counts.pages_attended += int(counts.sum())
+            if step.counts is not None:
+                step.counts.add_selected(step.windows.request[step.sparse_windows], counts)
         shape = (num_windows, heads, step.max_selected)
         selected = workspace.take("selected", shape, torch.int32)
         layer.select.select(scores, step, counts, selected)

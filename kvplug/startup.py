@@ -126,8 +126,9 @@ def _check_combination(vllm_config: Any, window: int) -> None:
         )
     if vllm_config.kv_transfer_config is not None:
         raise KvplugError(
-            "kvplug does not serve with --kv-transfer-config: pages that a connector brings in "
-            "pass by its index, and retrieval would miss them."
+            "kvplug does not serve with --kv-transfer-config "
+            f"({vllm_config.kv_transfer_config.kv_connector}): its index keeps what it knew of a "
+            "page's former content when a connector fills the page, and answers would be wrong."
         )
     contexts = (parallel.decode_context_parallel_size, parallel.prefill_context_parallel_size)
     if max(contexts) > 1:
@@ -261,7 +262,8 @@ def _observers(vllm_config: Any, shapes: dict[int, Any]) -> Observers:
         "options": config.options,
     }
     parallel = vllm_config.parallel_config
-    is_first = parallel.rank == 0 and parallel.data_parallel_rank == 0
+    # Not data_parallel_rank, which vLLM makes 0 in every engine of a model without experts.
+    is_first = parallel.rank == 0 and parallel.data_parallel_index == 0
     return Observers.of(config, head, is_first=is_first)
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 if TYPE_CHECKING:
+    from kvplug.row_counts import RowCounts
     from kvplug.windows import Ints, Windows
 
 
@@ -41,6 +42,7 @@ class Step:
             that its place in the request gives it: what memories watch. None where nobody does.
         is_prefilling: ``[B]`` whether a request's prompt was incomplete before this step.
         targets: ``[B]`` recall targets, NaN for the engine's; None where none has its own.
+        counts: Takes what each request attended to; None where none wants to know.
     """
 
     def __init__(
@@ -51,6 +53,7 @@ class Step:
         stream: Windows | None = None,
         is_prefilling: np.ndarray | None = None,
         targets: np.ndarray | None = None,
+        counts: RowCounts | None = None,
     ) -> None:
         """Holds its arguments."""
         self.windows = windows
@@ -59,6 +62,7 @@ class Step:
         self._stream = stream
         self._is_prefilling = is_prefilling
         self._targets = targets
+        self.counts = counts
         self.sealed: Sealing | None = None
         """Pages that its layers summarise, once the first of them runs."""
 

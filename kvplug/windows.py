@@ -15,6 +15,7 @@ from numba import njit
 from numpy.typing import NDArray
 
 from kvplug.pages import PageGeometry
+from kvplug.row_counts import RowCounts
 
 Ints = NDArray[np.int32]
 Flags = NDArray[np.bool_]
@@ -48,6 +49,8 @@ class Batch(NamedTuple):
     """``[T]`` where the step's keys go; more rows are padding."""
     asked: Asked | None = None
     """None: no request asks for anything."""
+    counts: RowCounts | None = None
+    """Takes what each request attended to; None: none wants to know."""
 
 
 class Windows(NamedTuple):

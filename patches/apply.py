@@ -29,12 +29,14 @@ def all_patches() -> list[Patch]:
         kernel_rebinding,
         model_output,
         request_knobs,
+        request_usage,
+        response_usage,
         whole_hits,
     )
 
     files = (
         checked_config, cpu_backend, kernel_rebinding, aligned_chunks, whole_hits, bound_cache,
-        model_output, cold_cache, request_knobs,
+        model_output, cold_cache, request_knobs, request_usage, response_usage,
     )  # fmt: skip
     return [patch for file in files for patch in file.PATCHES]
 

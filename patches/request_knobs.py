@@ -1,4 +1,4 @@
-"""Lets requests ask for a budget of their own: checked in the front end, heeded in workers."""
+"""Lets requests have wishes of their own: checked in the front end, heeded in workers."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import numpy as np
 
 from kvplug.errors import KvplugError
 from kvplug.patches.record import Patch
+from kvplug.patches.request_usage import Counting
 from kvplug.selection import is_selected, options_of
 
 if TYPE_CHECKING:
@@ -82,12 +83,19 @@ def tell_wishes(runner: Any, num_reqs: int) -> None:
     """
     names = runner.input_batch.req_ids[:num_reqs]
     asked = _asked(runner, names)
+    wishes = [knobs for knobs in asked if knobs is not None]
+    steered = any(knobs.steers for knobs in wishes)
+    counting = None
+    if any(knobs.usage for knobs in wishes):
+        counting = Counting([bool(knobs and knobs.usage) for knobs in asked], names)
+        counting.begin(runner)
     for groups in runner.attn_groups:
         for group in groups:
             builder = group.get_metadata_builder(0)
             if not hasattr(builder, "asked"):
                 continue
-            builder.asked = _rows(builder.pipeline, asked, num_reqs)
+            builder.asked = _rows(builder.pipeline, asked, num_reqs) if steered else None
+            builder.counts = None if counting is None else counting.of_group()
             if builder.pipeline.trace is not None:
                 builder.pipeline.trace.names = names
                 builder.pipeline.trace.tokens_of = functools.partial(_tokens, runner)
@@ -108,10 +116,8 @@ def _asked(runner: Any, names: list[str]) -> list[Knobs | None]:
     return [Knobs.parse(extra) if extra else None for extra in found]
 
 
-def _rows(pipeline: Any, asked: list[Knobs | None], rows: int) -> Asked | None:
-    """What each request asks for; None where none asks for anything."""
-    if all(knobs is None for knobs in asked):
-        return None
+def _rows(pipeline: Any, asked: list[Knobs | None], rows: int) -> Asked:
+    """What each request asks for."""
     from kvplug.windows import Asked
 
     pages = np.full(rows, pipeline.geometry.budget_pages, np.int32)

@@ -83,11 +83,31 @@ async def config(request: Request) -> dict[str, Any]:
 
 @router.get("/status", responses={404: {"description": "kvplug is not selected"}})
 async def status(request: Request) -> dict[str, Any]:
-    """Versions, and of each worker: layers, bytes, and what it counted since it started."""
+    """Versions, and of each worker: its engine, layers, bytes, and what it counted so far."""
     from kvplug.patches.apply import vllm_version
 
-    workers = await _engine(request).collective_rpc("kvplug_status")
-    return {"kvplug": version("kvplug"), "vllm": vllm_version(), "workers": workers}
+    engine = _engine(request)
+    return {
+        "kvplug": version("kvplug"),
+        "vllm": vllm_version(),
+        "data_parallel_size": engine.vllm_config.parallel_config.data_parallel_size,
+        "workers": await _workers(engine.engine_core),
+    }
+
+
+async def _workers(client: Any) -> list[dict[str, Any]]:
+    """What every worker of every engine that this server sends requests to says of itself.
+
+    Args:
+        client: vLLM's ``AsyncMPClient``; its own ``collective_rpc`` returns one engine's answers.
+    """
+    call = ("kvplug_status", None, (), None)
+    answers = await client.call_utility_all_async("collective_rpc", *call)
+    return [
+        {"engine": rank, **worker}
+        for rank, workers in zip(client.engine_ranks_managed, answers, strict=True)
+        for worker in workers
+    ]
 
 
 @router.get(

@@ -19,6 +19,7 @@ import torch
 from kvplug.config import KvplugConfig
 from kvplug.page_reader import PageReader
 from kvplug.pipeline import LayerStages, Pipeline, Plan
+from kvplug.row_counts import RowCounts
 from kvplug.stage import Layer, LayerShape
 from kvplug.windows import Asked, Batch
 from tests.cases import PolicyCase
@@ -113,6 +114,8 @@ class World:
     """Far pages of requests that ask for a budget of their own."""
     targets: dict[int, float] = field(default_factory=dict)
     """Recall targets of requests that ask for their own."""
+    counts: RowCounts | None = None
+    """Takes what each row of the next step attends to."""
     _forked: dict[int, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -220,6 +223,7 @@ class World:
             self.table(pieces).numpy(),
             slots.numpy(),
             self.wishes(pieces),
+            self.counts,
         )
         plan = self.pipeline.plan(batch)
         self._pack(self.new_keys(pieces), slots)

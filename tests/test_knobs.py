@@ -27,6 +27,7 @@ def test_other_extensions_are_left_alone(extra: dict[str, Any] | None) -> None:
 def test_what_is_asked_for() -> None:
     assert Knobs.parse({"kvplug_budget": 64, "x": "y"}) == Knobs(budget=64)
     assert Knobs.parse({"kvplug_dense": 1}) == Knobs(dense=True)
+    assert Knobs.parse({"kvplug_usage": 1}) == Knobs(usage=True)
 
 
 @pytest.mark.parametrize(
@@ -36,6 +37,8 @@ def test_what_is_asked_for() -> None:
         ({"kvplug_budget": 1.5}, {}, "valid integer"),
         ({"kvplug_budget": [64]}, {}, "valid integer"),
         ({"kvplug_dense": "perhaps"}, {}, "kvplug_dense='perhaps'"),
+        ({"kvplug_usage": "perhaps"}, {}, r"kvplug_usage='perhaps' \(say in usage"),
+        ({"kvplug_usages": 1}, {}, "did you mean 'kvplug_usage'"),
         ({"kvplug_bugdet": 64}, {}, "did you mean 'kvplug_budget'"),
         ({"kvplug_budget": 31}, {}, "at least one page of 32 tokens"),
         ({"kvplug_budget": 8193}, {}, "at most 8192, the longest context"),
@@ -60,7 +63,9 @@ def test_what_changes_nothing_is_dropped() -> None:
     assert within({"kvplug_budget": 512}) is None
     assert within({"kvplug_dense": 0}) is None
     assert within({"kvplug_dense": 1}, policy="dense") is None
+    assert within({"kvplug_usage": 1}) is None
     assert within({"kvplug_budget": 256}) == Knobs(budget=256)
+    assert within({"kvplug_budget": 256, "kvplug_usage": 1}) == Knobs(budget=256)
     recall = {"options": {"budget": {"name": "recall", "target": 0.9}}}
     assert within({"kvplug_recall_target": 0.9, "kvplug_budget": 512}, **recall) is None
     asked = within({"kvplug_recall_target": 0.8, "kvplug_budget": 512}, **recall)
@@ -72,3 +77,13 @@ def test_salts_differ_by_wish_and_by_the_request_s_own() -> None:
     salts = {wish.salt(own) for wish in wishes for own in (None, "a", "b")}
     assert len(salts) == 9
     assert Knobs(budget=64).salt("a") == Knobs(budget=64).salt("a")
+
+
+@pytest.mark.parametrize("wish", [{"dense": 1}, {"budget": 64}])
+def test_counts_change_no_salt(wish: dict[str, int]) -> None:
+    """Who wants to know shares prefixes with those who do not."""
+    asked = {f"kvplug_{name}": value for name, value in wish.items()}
+    plain, curious = within(asked), within({**asked, "kvplug_usage": 1})
+    assert plain is not None
+    assert curious is not None
+    assert plain.salt("a") == curious.salt("a")

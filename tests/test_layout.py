@@ -35,7 +35,7 @@ RANKS: tuple[tuple[str, ...], ...] = (
         "selection",
         "workspace",
     ),
-    ("carry", "exact_mass", "page_reader", "page_table", "step", "windows"),
+    ("carry", "exact_mass", "page_reader", "page_table", "row_counts", "step", "windows"),
     ("stage", "segment", "index", "probe", "budget", "select"),
     ("policies",),
     ("attended", "knobs", "machine", "pending", "pipeline", "selection_counts"),

@@ -15,7 +15,7 @@ import pytest
 from kvplug.errors import KvplugError
 from kvplug.observe.worker import EXTENSION
 from kvplug.selection import BACKEND_PATH, is_selected
-from kvplug.startup import adopt
+from kvplug.startup import _observers, adopt
 
 
 def backend(path: str = BACKEND_PATH, name: str = "CUSTOM") -> SimpleNamespace:
@@ -105,10 +105,11 @@ def test_a_trace_needs_a_folder(tmp_path: Path) -> None:
     assert "there is no folder" in said
 
 
-def test_connectors_are_refused() -> None:
+@pytest.mark.parametrize("name", ["OffloadingConnector", "MultiConnector"])
+def test_connectors_are_refused(name: str) -> None:
     config = engine()
-    config.kv_transfer_config = SimpleNamespace(kv_connector="OffloadingConnector")
-    assert "--kv-transfer-config" in refusal(config)
+    config.kv_transfer_config = SimpleNamespace(kv_connector=name)
+    assert f"--kv-transfer-config ({name})" in refusal(config)
 
 
 @pytest.mark.parametrize(
@@ -277,3 +278,16 @@ def test_engines_that_surprise_cannot_serve(refine: str, changed: str, words: st
         setattr(getattr(made, section) if section else made, name, 2)
     assert words in refusal(refused)
     adopt(served)
+
+
+@pytest.mark.parametrize(("rank", "index", "traces"), [(0, 0, True), (1, 0, False), (0, 1, False)])
+def test_one_worker_of_all_engines_traces(
+    rank: int, index: int, traces: bool, tmp_path: Path
+) -> None:
+    """They would all make the same file, and vLLM calls each of them engine 0 of 1."""
+    config = engine({"trace": str(tmp_path / "trace.jsonl")})
+    config.model_config.tokenizer = "some-model"
+    config.parallel_config.rank, config.parallel_config.data_parallel_index = rank, index
+    config.parallel_config.data_parallel_rank = 0
+    assert (_observers(config, {}).trace is not None) == traces
+    assert (tmp_path / "trace.jsonl").exists() == traces

@@ -18,6 +18,7 @@ from vllm.v1.attention.backends.cpu_attn import (
 from kvplug.attention.attend.cpu import Call, CpuAttend
 from kvplug.errors import KvplugError
 from kvplug.pipeline import Pipeline, Plan
+from kvplug.row_counts import RowCounts
 from kvplug.selection import options_of
 from kvplug.windows import EVERYTHING, Asked, Batch
 
@@ -78,6 +79,8 @@ class KvplugMetadataBuilder(CPUAttentionMetadataBuilder):
         self.windowed = self.window_size != -1
         self.asked: Asked | None = None
         """By the requests of the next step; None where none asks for anything."""
+        self.counts: RowCounts | None = None
+        """Takes what each request of the next step attends to; None where none wants to know."""
 
     def _asked(self, rows: int) -> Asked | None:
         """The same, for padded rows too."""
@@ -106,8 +109,9 @@ class KvplugMetadataBuilder(CPUAttentionMetadataBuilder):
         batch = Batch(
             common.query_start_loc_cpu.numpy(), common.seq_lens.numpy(),
             common.is_prefilling.numpy(), common.block_table_tensor.numpy(),
-            common.slot_mapping.numpy(), self._asked(common.num_reqs),
+            common.slot_mapping.numpy(), self._asked(common.num_reqs), self.counts,
         )  # fmt: skip
+        self.counts = None  # what a drafter attends to is nobody's
         plan = self.pipeline.plan(batch)
         metadata.plan, metadata.pipeline = plan, self.pipeline
         if plan is not None and plan.table is not None:

@@ -85,6 +85,8 @@ def break_off(server: Running, prompt: list[int], seed: int) -> None:
     chunks = draw.choice((0, 1, 2, 5))
     body = {"model": "recall", "prompt": prompt, "max_tokens": 400, "stream": True,
             "ignore_eos": True}  # fmt: skip
+    if draw.random() < 0.5:
+        body |= {"vllm_xargs": {"kvplug_usage": 1}, "stream_options": {"include_usage": True}}
     timeout = httpx.Timeout(60, read=draw.choice((0.05, 0.5, 60)))
     with (
         suppress(httpx.TransportError),
@@ -115,7 +117,7 @@ def test_clients_that_break_off_leave_nothing(server: Running, tokenizer: Any) -
 
 VALID: dict[str, Any] = {
     "model": "recall", "prompt": "the old lighthouse is", "max_tokens": 2, "temperature": 0.0,
-    "vllm_xargs": {"kvplug_budget": 64},
+    "vllm_xargs": {"kvplug_budget": 64, "kvplug_usage": 1},
 }  # fmt: skip
 NONSENSE: list[Any] = [
     None, True, -1, 0, 1, 2**31, 2**63, 2**70, -(2**40), 1e308, -0.5, "", "x", "0", "\x00",
@@ -128,7 +130,7 @@ FIELDS = [
     "truncate_prompt_tokens", "stop_token_ids", "bad_words", "allowed_token_ids", "priority",
     "user", "suffix", "repetition_penalty", "nonsense",
 ]  # fmt: skip
-KNOBS = ["kvplug_budget", "kvplug_dense", "kvplug_", "kvplug_nonsense", "other"]
+KNOBS = ["kvplug_budget", "kvplug_dense", "kvplug_usage", "kvplug_", "kvplug_nonsense", "other"]
 
 
 def malformed(seed: int) -> bytes:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
+import httpx
 import openai
 import pytest
 import schemathesis
@@ -171,3 +173,115 @@ def test_bodies_by_the_schema_are_no_server_errors(api: Api, path: str) -> None:
         assert case.call().status_code < 500
 
     answers()
+
+
+# ---------------------------------------------------------------- what usage says when asked
+
+ASK: dict[str, Any] = {"extra_body": {"vllm_xargs": {"kvplug_usage": 1}}}
+STREAM: dict[str, Any] = {"stream": True, "stream_options": {"include_usage": True}}
+
+
+def usage_of(reply: Any) -> dict[str, int]:
+    """What the openai client reads of the counts in a response's usage."""
+    found: dict[str, int] = reply.usage.kvplug
+    return found
+
+
+def counted(api: Api) -> dict[str, int]:
+    """What the worker counted so far."""
+    [worker] = httpx.get(f"{api.url}/kvplug/status", timeout=30).json()["workers"]
+    found: dict[str, int] = worker["selection"]
+    return found
+
+
+def test_usage_says_what_was_attended_to(api: Api, tokenizer: Any) -> None:
+    """In every API, whole and streamed: what the worker counted, and of computed tokens only."""
+    prompt = needle_prompt(tokenizer, 2100, depth=0.4, seed=22)
+    mine = api._replace(prompt=prompt)
+    before = counted(api)
+    reply = ask(mine, **ASK)
+    found, after = usage_of(reply), counted(api)
+    assert found == {field: after[field] - before[field] for field in found}
+    computed = reply.usage.prompt_tokens + reply.usage.completion_tokens - 1
+    assert found["dense_tokens"] + found["sparse_tokens"] == computed
+    assert 512 <= found["dense_tokens"] < 1200
+    assert 0 < found["pages_attended"] < found["pages_available"]
+    assert reply.choices[0].message.content.strip() == prompt.expected
+    assert "kv_transfer_params" not in reply.model_dump(exclude_none=True)
+    # From here on the prompt is cached: its whole windows are computed no more.
+    cached = usage_of(ask(mine, **ASK))
+    assert cached["dense_tokens"] == 0
+    assert cached["sparse_tokens"] == computed - 2100 // 256 * 256
+    text: dict[str, Any] = {
+        "model": "recall",
+        "prompt": prompt.token_ids,
+        "temperature": 0,
+        "max_tokens": 12,
+    }
+    assert usage_of(api.client.completions.create(**text, **ASK)) == cached
+    for stream in (
+        ask(mine, **STREAM, **ASK),
+        api.client.completions.create(**text, **STREAM, **ASK),
+    ):
+        *_, last = stream
+        assert usage_of(last) == cached
+    assert "kvplug" not in ask(mine).usage.model_dump()
+
+
+def test_usage_of_the_responses_api(api: Api) -> None:
+    messages: Any = api.prompt.messages()
+    fields = {"model": "recall", "input": messages, "temperature": 0, "max_output_tokens": 12}
+    whole = api.client.responses.create(**fields, **ASK)
+    found = usage_of(whole)
+    total = whole.usage.total_tokens - 1 - whole.usage.input_tokens_details.cached_tokens
+    assert found["dense_tokens"] + found["sparse_tokens"] == total
+    *_, last = api.client.responses.create(**fields, **ASK, stream=True)
+    assert 0 < usage_of(last.response)["pages_attended"] <= found["pages_attended"]
+
+
+def test_usage_of_dense_requests(api: Api) -> None:
+    extra = {"vllm_xargs": {"kvplug_usage": True, "kvplug_dense": 1}}
+    dense = ask(api, extra_body=extra)
+    assert usage_of(dense) == {
+        "dense_tokens": 3000 + dense.usage.completion_tokens - 1, "sparse_tokens": 0,
+        "sparse_windows": 0, "pages_attended": 0, "pages_available": 0,
+    }  # fmt: skip
+
+
+def test_usage_of_choices_prompts_and_clients(api: Api, tokenizer: Any) -> None:
+    """Choices and prompts add up; requests of one batch are told their own."""
+    prompts = [needle_prompt(tokenizer, 1400 + 250 * n, 0.5, 30 + n).token_ids for n in range(3)]
+
+    def counts(prompt: Any, **options: Any) -> dict[str, int]:
+        return usage_of(
+            api.client.completions.create(
+                model="recall",
+                prompt=prompt,
+                temperature=0.01,
+                max_tokens=4,
+                **options,
+                extra_body={**ASK["extra_body"], "ignore_eos": True},
+            )
+        )
+
+    for prompt in prompts:
+        counts(prompt)  # now they are cached, and cost the same each time
+    alone = [counts(prompt) for prompt in prompts]
+    assert alone[0] != alone[1] != alone[2]
+    with ThreadPoolExecutor(6) as pool:
+        assert list(pool.map(counts, prompts * 2)) == alone * 2
+    summed = {field: sum(each[field] for each in alone) for field in alone[0]}
+    assert counts(prompts) == summed
+    assert counts(prompts[0], n=3) == {field: 3 * count for field, count in alone[0].items()}
+    *_, last = api.client.completions.create(
+        model="recall", prompt=prompts, n=2, temperature=0.01, max_tokens=4, **STREAM,
+        extra_body={**ASK["extra_body"], "ignore_eos": True},
+    )  # fmt: skip
+    assert usage_of(last) == {field: 2 * count for field, count in summed.items()}
+
+
+def test_usage_of_a_request_that_a_stop_word_ends(api: Api) -> None:
+    """The front end finds it, and the engine never says that such a request is finished."""
+    reply = ask(api, stop=[api.prompt.expected.split()[1]], **ASK)
+    assert reply.choices[0].finish_reason == "stop"
+    assert usage_of(reply)["sparse_tokens"] > 0

@@ -33,11 +33,19 @@ MODELS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 
+MULTI = {
+    "kv_connector": "MultiConnector",
+    "kv_role": "kv_both",
+    "kv_connector_extra_config": {
+        "connectors": [{"kv_connector": "ExampleConnector", "kv_role": "kv_both"}]
+    },
+}
 CASES = {
     "window not whole pages": (["--window", "100"], "multiple of the page size 32"),
     "budget below a page": (["--budget", "16"], "at least one page of 32 tokens"),
     "chunk below window": (["--max-num-batched-tokens", "128"], "below kvplug's window of 256"),
     "threshold below window": (["--long-prefill-token-threshold", "64"], "below kvplug's window"),
+    "connector": (["--kv-transfer-config", json.dumps(MULTI)], "(MultiConnector): its index"),
     "missing layer": (["--dense-layers", "0,7"], "names layer 7"),
     "option of no one": (["--options", '{"lats": 3}'], "did you mean 'last'"),
     "longer than the model": (["--max-model-len", "2000000"], "max_model_len"),

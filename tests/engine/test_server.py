@@ -98,6 +98,7 @@ def samples_of(text: str) -> dict[str, float]:
         ({"kvplug_budget": LONGEST + 1}, f"at most {LONGEST}"),
         ({"kvplug_budget": "many"}, "valid integer"),
         ({"kvplug_budget": 64, "kvplug_dense": True}, "exclude each other"),
+        ({"kvplug_usage": "perhaps"}, "kvplug_usage='perhaps'"),
         ({"kvplug_bugdet": 64}, "did you mean 'kvplug_budget'"),
     ],
 )
@@ -123,16 +124,25 @@ def test_status_and_config_are_behind_the_key(client):
     assert config["page"] == 32
     assert config["options"]["policy"] == "simhash"
     assert config["options"]["window"] == 256
-    [worker] = read(client, "v1/kvplug/status").json()["workers"]
+    status = read(client, "v1/kvplug/status").json()
+    assert status["data_parallel_size"] == 1
+    [worker] = status["workers"]
+    assert worker["engine"] == worker["rank"] == 0
     assert worker["retrieving_layers"] == 2
     assert worker["index_bytes"] * 64 == pytest.approx(worker["kv_bytes"], rel=0.05)
     assert worker["pool"] is None
 
 
+def selection(client: Any) -> dict[str, int]:
+    """What the worker counted so far."""
+    found: dict[str, int] = read(client, "v1/kvplug/status").json()["workers"][0]["selection"]
+    return found
+
+
 def test_what_is_counted_reaches_metrics(client, tokenizer):
-    before = read(client, "v1/kvplug/status").json()["workers"][0]["selection"]
+    before = selection(client)
     ask(client, needle_prompt(tokenizer, 3000, depth=0.4, seed=12))
-    after = read(client, "v1/kvplug/status").json()["workers"][0]["selection"]
+    after = selection(client)
     new = {name: after[name] - before[name] for name in after}
     # The prompt is dense up to 1,024 tokens, and the answer's tokens are all sparse.
     assert new["dense_tokens"] == 1024

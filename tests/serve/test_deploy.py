@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
@@ -69,3 +70,17 @@ def test_ray_s_engine_takes_its_arguments() -> None:
         assert set(kwargs) <= {field.name for field in dataclasses.fields(AsyncEngineArgs)}
         assert kwargs["attention_backend"] == "CUSTOM"
         check(kwargs["additional_config"]["kvplug"])
+
+
+def test_nobody_but_this_machine_is_served_unless_asked_for(services: dict[str, Any]) -> None:
+    ports = [port for service in services.values() for port in service.get("ports", [])]
+    assert ports
+    assert all(port.startswith(("127.0.0.1:", "${LISTEN:-127.0.0.1}:")) for port in ports)
+
+
+def test_every_variable_is_explained() -> None:
+    text = (DEPLOY / "compose.yaml").read_text()
+    comment, _, body = text.partition("x-replica:")
+    names = set(re.findall(r"\$\{(\w+)", body))
+    assert "API_KEY" in names
+    assert names <= set(re.findall(r"[A-Z]\w+", comment))
