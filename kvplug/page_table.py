@@ -9,6 +9,7 @@ only writes its selected pages.
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -63,12 +64,23 @@ class PageTable:
         )
         """``[S + 1]`` int32 first query token of each window, then the total."""
         self.page = geometry.page
-        self._host, self._seq_lens_host = self.table.numpy(), self.seq_lens.numpy()
+        self.host, self.seq_lens_host = self.table.numpy(), self.seq_lens.numpy()
+        self._workspace = workspace
         _write_fixed_pages(
             windows.request, windows.context_end, windows.far_begin, windows.far_end,
             windows.num_selected, step.block_table_host, geometry.page, num_kv_heads,
-            self._host, self._seq_lens_host,
+            self.host, self.seq_lens_host,
         )  # fmt: skip
+
+    @cached_property
+    def slots(self) -> torch.Tensor:
+        """``[S * Hk, width]`` int32: where a hot pool puts the slots of a layer's pages."""
+        return self._workspace.take("table.slots", tuple(self.table.shape), torch.int32)
+
+    @cached_property
+    def slots_host(self) -> np.ndarray:
+        """The same memory."""
+        return self.slots.numpy()
 
     def write_selected(self, selected: torch.Tensor, counts: torch.Tensor, varies: bool) -> None:
         """Writes one layer's selection.
@@ -82,13 +94,13 @@ class PageTable:
         windows, step = self.step.windows, self.step
         _write_selected_pages(
             selected.numpy(), counts.numpy(), step.sparse_windows, windows.request,
-            windows.far_begin, step.block_table_host, self._host,
+            windows.far_begin, step.block_table_host, self.host,
         )  # fmt: skip
         if varies:
             _write_local_pages(
                 counts.numpy(), step.sparse_windows, windows.request, windows.context_end,
                 windows.far_begin, windows.far_end, step.block_table_host, self.page,
-                self._host, self._seq_lens_host,
+                self.host, self.seq_lens_host,
             )  # fmt: skip
 
     def rows(

@@ -7,21 +7,36 @@ page that the same call attends to. What does not fit together is attended in tu
 
 from __future__ import annotations
 
+import math
+import mmap
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from kvplug.offload.gather import BYTES_PER_STEP, copy_pages, read_pages
-from kvplug.offload.lru import Slots, forget_pages, place_rows
+from kvplug.compiled import ONE_THREAD_BELOW
+from kvplug.offload.gather import BYTES_PER_STEP, Places, copy_pages, read_pages
+from kvplug.offload.lru import (
+    Slots,
+    begin_rows,
+    drop_pages,
+    find_rows,
+    place_rows,
+    rewrite_pages,
+)
+from kvplug.offload.written import Written
 from kvplug.pages import single_head_view
-from kvplug.workspace import Workspace
 
 if TYPE_CHECKING:
     from kvplug.offload.cold_store import ColdStore
+
+
+HUGE_PAGE = 2**21
+"""Bytes that the system maps at once where it can; the pool starts at a multiple of it."""
 
 
 @dataclass
@@ -51,17 +66,6 @@ class PoolCounts:
         return PoolCounts(**{name: getattr(self, name) + getattr(other, name) for name in names})
 
 
-class Turn(NamedTuple):
-    """Windows whose pages are in the pool together."""
-
-    first: int
-    """First of them."""
-    last: int
-    """The one behind the last."""
-    slots: torch.Tensor
-    """``[S * Hk, width]`` int32: the page table with slots for pages; rows of the turn count."""
-
-
 class HotPool:
     """One layer's slots.
 
@@ -76,7 +80,7 @@ class HotPool:
         cold = single_head_view(kv_cache)
         entries, _, page, width = cold.shape
         self.page, self.num_kv_heads = page, kv_cache.shape[1]
-        self.pages = torch.zeros((slots, 1, page, width), dtype=kv_cache.dtype)
+        self.pages = _huge_zeros((slots, 1, page, width), kv_cache.dtype)
         """``[slots, 1, P, 2 * D]``: a cache of single heads, as the kernel wants it."""
         self.counts = PoolCounts()
         self.unreadable: set[int] = set()
@@ -87,67 +91,99 @@ class HotPool:
         self._offset = store.offset(kv_cache)
         self._cold = cold.view(torch.uint8).view(entries, -1).numpy()
         self._hot = self.pages.view(torch.uint8).view(slots, -1).numpy()
-        self._round = 0
-        self._fresh = np.zeros(len(kv_cache), np.uint8)
-        self._written = np.empty(0, np.int64)
+        self._places = Places(
+            cold.data_ptr(), self.pages.data_ptr(), self._size, self.num_kv_heads
+        )  # fmt: skip
+        self._written = Written(np.empty(0, np.int64), np.empty(0, np.uint8), 0)
         self._entries = np.empty(slots, np.int32)
         self._into = np.empty(slots, np.int32)
         self._failed = np.empty(slots, np.uint8)
 
-    def forget(self, slots: torch.Tensor) -> None:
-        """Pages were written to: what the pool holds of them is old.
+    def rewrite(self, written: Written) -> None:
+        """Pages were written to: the pool's copies of them follow, or go.
 
         Args:
-            slots: ``[T]`` int64 where keys were written; negative ones are padding.
+            written: By the step that runs; its keys and values are in the cold store.
         """
-        tokens = slots.numpy()
-        tokens = tokens[tokens >= 0]
-        pages = tokens[:1] // self.page if len(tokens) == 1 else np.unique(tokens // self.page)
-        forget_pages(self._state, pages, self.num_kv_heads)
-        self._fresh[self._written] = 0
-        self._fresh[pages] = 1
-        self._written = pages
-        written = len(tokens) * self._size * self.num_kv_heads // self.page
-        self.counts.bytes_written += written
-        self._store.touched(written)
+        self._follow(rewrite_pages(self._state, *self._rewriting(written)))
 
     def turns(
-        self, table: torch.Tensor, seq_lens: torch.Tensor, workspace: Workspace
-    ) -> Iterator[Turn]:
+        self, table: np.ndarray, seq_lens: np.ndarray, slots: np.ndarray, written: Written
+    ) -> Iterator[tuple[int, int]]:
         """Brings in the pages of a step's rows, as many windows at a time as fit.
 
         Args:
             table: ``[S * Hk, width]`` int32 entries: the step's page table, with the layer's pages.
             seq_lens: ``[S * Hk]`` int32 tokens of each row.
-            workspace: Owns the slots of a turn, until the next one.
+            slots: ``[S * Hk, width]`` int32, written: the table with slots for pages; rows of a
+                turn hold until the next one.
+            written: By the step, as for :meth:`rewrite`.
+
+        Yields:
+            The first window of a turn, and the one behind its last.
         """
-        slots = workspace.take("hot.slots", tuple(table.shape), torch.int32)
-        windows, first = len(table) // self.num_kv_heads, 0
-        while first < windows:
-            start = time.perf_counter()
-            self._round += 1
-            last, missing, pinned, evicted = place_rows(
-                self._state, table.numpy(), seq_lens.numpy(), self.page, first,
-                self.num_kv_heads, self._round, slots.numpy(), self._entries, self._into,
-            )  # fmt: skip
-            assert last > first, "the pool is smaller than one window's pages"
-            if missing:
+        start = time.perf_counter()
+        listed, lacking, used = begin_rows(
+            self._state, *self._rewriting(written), table, seq_lens, self.page, slots
+        )
+        self._follow(listed)
+        counts, heads = self.counts, self.num_kv_heads
+        windows, first = len(table) // heads, 0
+        while True:
+            last = windows
+            if lacking:
+                last, missing, used, evicted = place_rows(
+                    self._state, table, seq_lens, self.page, first, heads, lacking, slots,
+                    self._entries, self._into,
+                )  # fmt: skip
+                assert last > first, "the pool is smaller than one window's pages"
                 self._copy(missing)
-            self._count(missing, pinned, evicted, time.perf_counter() - start)
-            yield Turn(first, last, slots)
-            first = last
+                counts.misses += missing
+                counts.hits -= missing
+                counts.evictions += evicted
+            counts.hits += used
+            counts.turns += 1
+            counts.stall_s += time.perf_counter() - start
+            yield first, last
+            if last == windows:
+                return
+            start, first = time.perf_counter(), last
+            rest = slice(first * heads, None)
+            lacking, used = find_rows(
+                self._state, table[rest], seq_lens[rest], self.page, slots[rest]
+            )
+
+    def _rewriting(self, written: Written) -> tuple[Any, ...]:
+        """Arguments of :func:`rewrite_pages`."""
+        self._written = written
+        nbytes = written.tokens * self._size * self.num_kv_heads // self.page
+        self.counts.bytes_written += nbytes
+        self._store.touched(nbytes)
+        most = ONE_THREAD_BELOW * BYTES_PER_STEP // self._size
+        return (
+            written.pages, written.begun, self._places, most, self._entries, self._into,
+        )  # fmt: skip
+
+    def _follow(self, listed: int) -> None:
+        """Copies what :func:`rewrite_pages` listed, from memory."""
+        if listed:
+            entries, into = self._entries[:listed], self._into[:listed]
+            copy_pages(listed * self._size // BYTES_PER_STEP, self._places, entries, into)
 
     def _copy(self, missing: int) -> None:
         """Copies the first ``missing`` of the listed entries."""
+        if not missing:
+            return
         entries, into = self._entries[:missing], self._into[:missing]
+        self.counts.bytes_read += missing * self._size
         work = missing * self._size // BYTES_PER_STEP
         if self._store.fd is None:
-            copy_pages(work, self._cold, entries, into, self._hot)
+            copy_pages(work, self._places, entries, into)
             return
         failed = self._failed[:missing]
         read_pages(
-            work, self._store.fd, self._offset, self._cold, self._fresh, self.num_kv_heads,
-            entries, into, self._hot, self.pages.data_ptr(), failed,
+            work, self._store.fd, self._offset, self._places, self._written.pages, entries, into,
+            failed,
         )  # fmt: skip
         if failed.any():
             self._give_up(entries[failed > 0], into[failed > 0])
@@ -156,18 +192,9 @@ class HotPool:
         """Pages that could not be read: none is kept, and whoever needs them must fail."""
         self._hot[into] = 0
         pages = np.unique(entries // self.num_kv_heads)
-        forget_pages(self._state, pages, self.num_kv_heads)
+        drop_pages(self._state, pages, self.num_kv_heads)
         self.unreadable.update(pages.tolist())
         self.counts.failed += len(entries)
-
-    def _count(self, missing: int, pinned: int, evicted: int, seconds: float) -> None:
-        counts = self.counts
-        counts.hits += pinned - missing
-        counts.misses += missing
-        counts.evictions += evicted
-        counts.bytes_read += missing * self._size
-        counts.turns += 1
-        counts.stall_s += seconds
 
     def take_unreadable(self) -> set[int]:
         """Pages that could not be read since this was last asked."""
@@ -190,6 +217,17 @@ class HotPool:
         return self.pages.nbytes + sum(array.nbytes for array in self._state)
 
 
+def _huge_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Zeros in the system's large pages, if it has them: slots are used in no order."""
+    nbytes = math.prod(shape) * dtype.itemsize
+    memory = mmap.mmap(-1, nbytes + HUGE_PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError):  # a system without large pages
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    whole = torch.frombuffer(memory, dtype=torch.uint8)
+    first = -whole.data_ptr() % HUGE_PAGE
+    return whole[first : first + nbytes].view(dtype).view(shape)
+
+
 def warm_up(kv_cache: torch.Tensor, store: ColdStore) -> None:
     """Compiles what a pool calls, on the first pages of a layer, before there is anything in them.
 
@@ -199,11 +237,16 @@ def warm_up(kv_cache: torch.Tensor, store: ColdStore) -> None:
     """
     _, heads, page, _ = kv_cache.shape
     pool = HotPool(kv_cache[:2], store, 2 * heads)
-    pool.forget(torch.tensor([0]))
-    table = torch.arange(2 * heads, dtype=torch.int32).view(2, heads).T.contiguous()
-    lengths = torch.full((heads,), 2 * page, dtype=torch.int32)
-    for _ in pool.turns(table, lengths, Workspace()):
+    written = Written.of(torch.tensor([0, 1]), page)
+    table = np.ascontiguousarray(np.arange(2 * heads, dtype=np.int32).reshape(2, heads).T)
+    table = np.concatenate((table, table))
+    lengths = np.full(2 * heads, 2 * page, np.int32)
+    for _ in pool.turns(table, lengths, np.empty_like(table), written):
         pass
+    pool.rewrite(written)
+    find_rows(pool._state, table, lengths, page, np.empty_like(table))
+    one = np.zeros(1, np.int32)
+    copy_pages(0, pool._places, one, one)
 
 
 def slots_for(hot_gib: float, num_layers: int, page_bytes: int) -> int:

@@ -1,8 +1,9 @@
-"""Which slot holds which page, and which one gives way: least recently used, in constant time.
+"""Which slot holds which page, and which one gives way.
 
-Slots form a ring in the order of their last use: ``newer[s]`` and ``older[s]`` are neighbours, and
-the entry behind the last slot is the ring's head, whose ``older`` is the newest slot and whose
-``newer`` is the oldest. An *entry* is a page of one KV head, ``page * Hk + head``.
+Every use of a slot takes the next number of a clock, so that using one writes one number and no
+links. Slots to give way are put in order some at a time: one that was used since is passed over,
+and was used later than all that are in the order, so the order stays that of the last use exactly.
+An *entry* is a page of one KV head, ``page * Hk + head``.
 """
 
 from __future__ import annotations
@@ -13,8 +14,14 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
+from kvplug.offload.gather import copy_page
+
 NOWHERE = -1
 """Slot of an entry that is not in the pool; entry of a slot that is empty."""
+CLOCK, NEXT, LAST, FREE = range(4)
+"""Places in ``marks``: time, first and last of the order that is left, empty slots."""
+PART = 4
+"""One slot in so many is put in order at a time."""
 
 
 class Slots(NamedTuple):
@@ -24,82 +31,208 @@ class Slots(NamedTuple):
     """``[entries]`` slot of each entry, or NOWHERE."""
     entry_in: NDArray[np.int32]
     """``[slots]`` entry in each slot, or NOWHERE."""
-    newer: NDArray[np.int32]
-    """``[slots + 1]``."""
-    older: NDArray[np.int32]
-    """``[slots + 1]``."""
     used: NDArray[np.int64]
-    """``[slots]`` number of the last round in which each was used; those of this one stay."""
+    """``[slots]`` time of the last use; -1 for empty ones."""
+    order: NDArray[np.int32]
+    """``[slots]`` those to give way, the first one first."""
+    heat: NDArray[np.float64]
+    """``[slots]`` what they were ordered by."""
+    free: NDArray[np.int32]
+    """``[slots]`` empty ones."""
+    marks: NDArray[np.int64]
+    """``[4]``, see CLOCK."""
 
     @classmethod
     def empty(cls, entries: int, slots: int) -> Slots:
         """A pool with nothing in it."""
-        ring = np.arange(slots + 1, dtype=np.int32)
-        count = slots + 1
         return cls(
             np.full(entries, NOWHERE, np.int32), np.full(slots, NOWHERE, np.int32),
-            np.roll(ring, 1), (ring + 1) % count, np.full(slots, -1, np.int64),
+            np.full(slots, -1, np.int64), np.zeros(slots, np.int32), np.zeros(slots),
+            np.arange(slots, dtype=np.int32)[::-1].copy(), np.array([1, 0, 0, slots]),
         )  # fmt: skip
 
     def check(self) -> None:
-        """Asserts that maps agree and that the ring holds every slot once."""
+        """Asserts that maps agree and that every slot holds an entry or is free."""
         held = np.flatnonzero(self.entry_in != NOWHERE)
         assert (self.slot_of[self.entry_in[held]] == held).all()
         assert (self.slot_of != NOWHERE).sum() == len(held)
-        head = len(self.entry_in)
-        seen, slot = [], self.older[head]
-        while slot != head:
-            seen.append(int(slot))
-            assert self.newer[self.older[slot]] == slot
-            slot = self.older[slot]
-        assert sorted(seen) == list(range(head))
-
-
-@njit(cache=True, inline="always")
-def _unlink(slots, slot):  # type: ignore[no-untyped-def]
-    slots.older[slots.newer[slot]] = slots.older[slot]
-    slots.newer[slots.older[slot]] = slots.newer[slot]
-
-
-@njit(cache=True, inline="always")
-def _link_behind(slots, slot, place):  # type: ignore[no-untyped-def]
-    """Puts a slot on the older side of ``place``."""
-    below = slots.older[place]
-    slots.older[place], slots.newer[slot] = slot, place
-    slots.older[slot], slots.newer[below] = below, slot
+        free = np.sort(self.free[: self.marks[FREE]])
+        assert (np.flatnonzero(self.entry_in == NOWHERE) == free).all()
+        assert (self.used[free] == -1).all()
 
 
 @njit(cache=True)
-def forget_pages(slots, pages, num_kv_heads):  # type: ignore[no-untyped-def]
-    """Empties the slots of pages that were written to; they are the first to give way."""
-    head = slots.entry_in.shape[0]
+def drop(slots, slot):  # type: ignore[no-untyped-def]
+    """Empties a slot."""
+    slots.slot_of[slots.entry_in[slot]] = NOWHERE
+    slots.entry_in[slot], slots.used[slot] = NOWHERE, -1
+    slots.free[slots.marks[FREE]] = slot
+    slots.marks[FREE] += 1
+
+
+@njit(cache=True)
+def drop_pages(slots, pages, num_kv_heads):  # type: ignore[no-untyped-def]
+    """Empties the slots of pages that cannot be used any more."""
     for page in pages:
-        for h in range(num_kv_heads):
-            slot = slots.slot_of[page * num_kv_heads + h]
-            if slot != NOWHERE:
-                slots.slot_of[page * num_kv_heads + h] = NOWHERE
-                slots.entry_in[slot] = NOWHERE
-                _unlink(slots, slot)
-                _link_behind(slots, slot, slots.newer[head])
+        for entry in range(page * num_kv_heads, (page + 1) * num_kv_heads):
+            if slots.slot_of[entry] != NOWHERE:
+                drop(slots, slots.slot_of[entry])
 
 
 @njit(cache=True)
-def _renew(slots, table, seq_lens, page):  # type: ignore[no-untyped-def]
-    """What a step asks for and the pool has is the last to give way to what it has not."""
-    head = slots.entry_in.shape[0]
+def rewrite_pages(  # type: ignore[no-untyped-def]
+    slots, pages, begun, places, most, entries, into
+):
+    """Pages were written to: those that begin anew are dropped, others follow in their slots.
+
+    Args:
+        slots: The layer's.
+        pages: ``[n]`` int64.
+        begun: ``[n]`` uint8, whether the first token of each was written.
+        places: Of the layer.
+        most: Pages of single heads that are copied here; of more, all are listed.
+        entries: ``[>= n * Hk]`` int32, written: entries that have to be copied.
+        into: Like it, the slots that they go to.
+
+    Returns:
+        How many are listed.
+    """
+    count = 0
+    for i in range(pages.shape[0]):
+        first = pages[i] * places.num_kv_heads
+        for entry in range(first, first + places.num_kv_heads):
+            slot = slots.slot_of[entry]
+            if slot == NOWHERE:
+                continue
+            if begun[i]:
+                drop(slots, slot)
+            else:
+                entries[count], into[count] = entry, slot
+                count += 1
+    if count > most:
+        return count
+    for i in range(count):
+        copy_page(places, entries[i], into[i])
+    return 0
+
+
+@njit(cache=True)
+def _sift(heat, order, node, size):  # type: ignore[no-untyped-def]
+    """Moves a node of a heap down until none below it is hotter."""
+    hot, slot = heat[node], order[node]
+    while True:
+        child = 2 * node + 1
+        if child + 1 < size and heat[child + 1] > heat[child]:
+            child += 1
+        if child >= size or heat[child] <= hot:
+            break
+        heat[node], order[node] = heat[child], order[child]
+        node = child
+    heat[node], order[node] = hot, slot
+
+
+@njit(cache=True)
+def _put_in_order(slots, pinned, wanted):  # type: ignore[no-untyped-def]
+    """Orders the ``wanted`` coldest slots that were last used before ``pinned``; how many."""
+    heat, order = slots.heat, slots.order
+    count = 0
+    for slot in range(slots.used.shape[0]):
+        used = slots.used[slot]
+        if not 0 <= used < pinned:
+            continue
+        if count < wanted:
+            heat[count], order[count] = used, slot
+            count += 1
+            if count == wanted:
+                for node in range(count // 2 - 1, -1, -1):
+                    _sift(heat, order, node, count)
+        elif used < heat[0]:
+            heat[0], order[0] = used, slot
+            _sift(heat, order, 0, count)
+    if count < wanted:
+        for node in range(count // 2 - 1, -1, -1):
+            _sift(heat, order, node, count)
+    for last in range(count - 1, 0, -1):
+        heat[0], heat[last], order[0], order[last] = heat[last], heat[0], order[last], order[0]
+        _sift(heat, order, 0, last)
+    slots.marks[NEXT], slots.marks[LAST] = 0, count
+    return count
+
+
+@njit(cache=True)
+def take(slots, pinned, wanted):  # type: ignore[no-untyped-def]
+    """A slot for another entry: an empty one, or else the coldest.
+
+    Args:
+        slots: The layer's.
+        pinned: Slots that were used at this time or later are not taken.
+        wanted: How many will be asked for, about.
+
+    Returns:
+        The slot, which may hold an entry; NOWHERE if every one is pinned.
+    """
+    marks = slots.marks
+    if marks[FREE]:
+        marks[FREE] -= 1
+        return slots.free[marks[FREE]]
+    while True:
+        while marks[NEXT] < marks[LAST]:
+            slot, was = slots.order[marks[NEXT]], slots.heat[marks[NEXT]]
+            marks[NEXT] += 1
+            if slots.used[slot] == was:
+                return slot
+        part = max(wanted, slots.used.shape[0] // PART)
+        if not _put_in_order(slots, pinned, part):
+            return NOWHERE
+
+
+@njit(cache=True)
+def find_rows(slots, table, seq_lens, page, out):  # type: ignore[no-untyped-def]
+    """Uses what the pool holds of a step's rows.
+
+    Args:
+        slots: The layer's.
+        table: ``[S * Hk, width]`` int32 entries.
+        seq_lens: ``[S * Hk]`` int32 tokens of each row.
+        page: P.
+        out: ``[S * Hk, width]`` int32, written: slots instead of entries, where there is one.
+
+    Returns:
+        Places in the rows whose entry is not held; slots in use.
+    """
+    begin = now = slots.marks[CLOCK]
+    lacking = 0
     for row in range(table.shape[0]):
         for n in range((seq_lens[row] + page - 1) // page):
             slot = slots.slot_of[table[row, n]]
-            if slot != NOWHERE:
-                _unlink(slots, slot)
-                _link_behind(slots, slot, head)
+            if slot == NOWHERE:
+                lacking += 1
+                continue
+            out[row, n] = slot
+            if slots.used[slot] < begin:
+                slots.used[slot] = now
+                now += 1
+    slots.marks[CLOCK] = now
+    return lacking, now - begin
+
+
+@njit(cache=True)
+def begin_rows(  # type: ignore[no-untyped-def]
+    slots, pages, begun, places, most, entries, into, table, seq_lens, page, out
+):
+    """:func:`rewrite_pages`, then :func:`find_rows`: all that most steps need, in one call."""
+    listed = rewrite_pages(slots, pages, begun, places, most, entries, into)
+    lacking, used = find_rows(slots, table, seq_lens, page, out)
+    return listed, lacking, used
 
 
 @njit(cache=True)
 def place_rows(  # type: ignore[no-untyped-def]
-    slots, table, seq_lens, page, first, heads, round_number, out, entries, into
+    slots, table, seq_lens, page, first, heads, lacking, out, entries, into
 ):
     """Finds a slot for every page of as many windows as fit together.
+
+    What later windows need and the pool holds is the last to give way (:func:`find_rows`).
 
     Args:
         slots: The layer's.
@@ -108,7 +241,7 @@ def place_rows(  # type: ignore[no-untyped-def]
         page: P.
         first: First window to place.
         heads: Hk.
-        round_number: Of this call; slots used in it are not taken.
+        lacking: How many places have no slot.
         out: ``[S * Hk, width]`` int32, written: slots instead of entries.
         entries: ``[slots]`` int32, written: entries that have to be copied.
         into: ``[slots]`` int32, written: the slots that they go to.
@@ -117,28 +250,27 @@ def place_rows(  # type: ignore[no-untyped-def]
         The first window that does not fit, S if all do; entries to copy; slots in use; slots whose
         entry had to give way.
     """
-    windows, head = table.shape[0] // heads, slots.entry_in.shape[0]
-    missing, pinned, evicted = 0, 0, 0
-    _renew(slots, table[first * heads :], seq_lens[first * heads :], page)
+    windows = table.shape[0] // heads
+    pinned, missing, used, evicted = slots.marks[CLOCK], 0, 0, 0
     for w in range(first, windows):
         for row in range(w * heads, (w + 1) * heads):
             for n in range((seq_lens[row] + page - 1) // page):
                 entry = table[row, n]
                 slot = slots.slot_of[entry]
                 if slot == NOWHERE:
-                    slot = slots.newer[head]
-                    if slots.used[slot] == round_number:
-                        return w, missing, pinned, evicted
+                    slot = take(slots, pinned, lacking - missing)
+                    if slot == NOWHERE:
+                        return w, missing, used, evicted
                     if slots.entry_in[slot] != NOWHERE:
                         slots.slot_of[slots.entry_in[slot]] = NOWHERE
                         evicted += 1
                     slots.slot_of[entry], slots.entry_in[slot] = slot, entry
+                    slots.used[slot] = -1
                     entries[missing], into[missing] = entry, slot
                     missing += 1
-                if slots.used[slot] != round_number:
-                    slots.used[slot] = round_number
-                    pinned += 1
-                    _unlink(slots, slot)
-                    _link_behind(slots, slot, head)
+                if slots.used[slot] < pinned:
+                    slots.used[slot] = slots.marks[CLOCK]
+                    slots.marks[CLOCK] += 1
+                    used += 1
                 out[row, n] = slot
-    return windows, missing, pinned, evicted
+    return windows, missing, used, evicted

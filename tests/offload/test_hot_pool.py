@@ -15,13 +15,14 @@ from kvplug.config import OffloadConfig
 from kvplug.errors import KvplugError
 from kvplug.offload.cold_store import ColdStore
 from kvplug.offload.hot_pool import HotPool, slots_for
-from kvplug.offload.lru import Slots, place_rows
-from kvplug.workspace import Workspace
+from kvplug.offload.lru import Slots, find_rows, place_rows
+from kvplug.offload.written import Written
 
 PAGES, HEADS, PAGE, DIM = 40, 2, 32, 8
 WIDTH = 6
 LEAST = WIDTH * HEADS
 SHAPE = (PAGES, HEADS, PAGE, 2 * DIM)
+NOTHING = Written.of(torch.tensor([-1]), PAGE)
 NBYTES = PAGES * HEADS * PAGE * 2 * DIM * 2
 
 
@@ -53,11 +54,11 @@ class Engine:
         self.store, self.cache = stored
         self.pool = HotPool(self.cache, self.store, slots)
         self.draw = np.random.default_rng(seed)
-        self.workspace = Workspace()
         self.truth = self.cache.clone()
+        self.written = NOTHING
 
     def write(self, pages: list[int]) -> None:
-        """Some tokens of some pages get new keys, and the pool is told."""
+        """Some tokens of some pages get new keys."""
         slots = []
         for page in pages:
             first, count = int(self.draw.integers(0, PAGE)), int(self.draw.integers(1, PAGE + 1))
@@ -66,34 +67,33 @@ class Engine:
             self.cache[page, :, tokens.start : tokens.stop] = content.to(self.cache.dtype)
             self.truth[page, :, tokens.start : tokens.stop] = content.to(self.cache.dtype)
             slots += [page * PAGE + token for token in tokens]
-        self.pool.forget(torch.tensor([*slots, -1]))
+        self.written = Written.of(torch.tensor([*slots, -1]), PAGE)
 
     def attend(self, windows: list[list[int]]) -> int:
         """Rows of pages for every window and head; each head sees them in an order of its own."""
-        table = torch.zeros((len(windows) * HEADS, WIDTH), dtype=torch.int32)
-        lengths = torch.zeros(len(table), dtype=torch.int32)
+        table = np.zeros((len(windows) * HEADS, WIDTH), np.int32)
+        lengths = np.zeros(len(table), np.int32)
         for w, pages in enumerate(windows):
             for head in range(HEADS):
-                row = torch.tensor(pages)[torch.from_numpy(self.draw.permutation(len(pages)))]
+                row = np.array(pages)[self.draw.permutation(len(pages))]
                 table[w * HEADS + head, : len(pages)] = row * HEADS + head
                 lengths[w * HEADS + head] = len(pages) * PAGE - int(self.draw.integers(0, PAGE))
         turns, done = 0, 0
-        for turn in self.pool.turns(table, lengths, self.workspace):
-            assert turn.first == done
-            done, turns = turn.last, turns + 1
-            self.check(table, lengths, turn.slots, range(turn.first * HEADS, done * HEADS))
+        slots = np.zeros_like(table)
+        for first, last in self.pool.turns(table, lengths, slots, self.written):
+            assert first == done
+            done, turns = last, turns + 1
+            self.check(table, lengths, slots, range(first * HEADS, done * HEADS))
         assert done == len(windows)
         return turns
 
-    def check(
-        self, table: torch.Tensor, lengths: torch.Tensor, slots: torch.Tensor, rows: range
-    ) -> None:
+    def check(self, table: np.ndarray, lengths: np.ndarray, slots: np.ndarray, rows: range) -> None:
         """Every slot of the turn holds its page."""
         truth = self.truth.flatten(0, 1)
         for row in rows:
             count = -(-int(lengths[row]) // PAGE)
-            held = self.pool.pages[slots[row, :count].long(), 0]
-            assert torch.equal(held, truth[table[row, :count].long()])
+            held = self.pool.pages[slots[row, :count], 0]
+            assert torch.equal(held, truth[table[row, :count]])
 
     def step(self) -> None:
         """One random step."""
@@ -102,7 +102,10 @@ class Engine:
             self.draw.choice(PAGES, int(self.draw.integers(1, WIDTH + 1)), replace=False).tolist()
             for _ in range(int(self.draw.integers(1, 4)))
         ]
-        self.attend(windows)
+        if self.draw.random() < 0.3:
+            self.pool.rewrite(self.written)  # a dense step
+        else:
+            self.attend(windows)
         assert self.pool.check_integrity()
 
 
@@ -150,15 +153,18 @@ def test_a_pool_that_is_too_small_is_a_bug(stored: tuple[ColdStore, torch.Tensor
     slots=st.integers(5, 12),
 )
 def test_slots_follow_a_plain_list(rows: list[list[int]], slots: int) -> None:
-    """The ring against Python's own list: same hits, same evictions, newest first."""
+    """The clock against Python's own list: same hits, same evictions, newest first."""
     state, order = Slots.empty(20, slots), list[int]()
     entries, into = np.empty(slots, np.int32), np.empty(slots, np.int32)
-    for number, row in enumerate(rows):
+    for row in rows:
         table, out = np.array([row], np.int32), np.zeros((1, len(row)), np.int32)
         lengths = np.array([len(row) * PAGE], np.int32)
-        last, missing, pinned, evicted = place_rows(
-            state, table, lengths, PAGE, 0, 1, number, out, entries, into
-        )
+        lacking, found = find_rows(state, table, lengths, PAGE, out)
+        last, missing, pinned, evicted = 1, 0, found, 0
+        if lacking:
+            last, missing, pinned, evicted = place_rows(
+                state, table, lengths, PAGE, 0, 1, lacking, out, entries, into
+            )
         fresh = list(dict.fromkeys(row))
         assert (last, pinned) == (1, len(fresh))
         assert missing == sum(entry not in order for entry in fresh)
@@ -176,13 +182,15 @@ def test_an_unreadable_page_is_told_and_not_kept(tmp_path_factory: pytest.TempPa
     engine = Engine((store, cache), 3 * LEAST, seed=4)
     engine.write(list(range(PAGES)))
     engine.write([])
+    engine.pool.rewrite(engine.written)
     assert store.fd is not None
     # Ends in the middle of page 20's second head; memory still has what was mapped before.
     size = engine.pool.pages[0].nbytes
     os.ftruncate(store.fd, NBYTES + 20 * HEADS * size + size + size // 2)
-    table = torch.tensor([[19, 20, 21]] * HEADS, dtype=torch.int32) * HEADS
-    table += torch.arange(HEADS, dtype=torch.int32)[:, None]
-    for _ in engine.pool.turns(table, torch.full((HEADS,), 3 * PAGE), Workspace()):
+    table = np.array([[19, 20, 21]] * HEADS, np.int32) * HEADS
+    table += np.arange(HEADS, dtype=np.int32)[:, None]
+    lengths = np.full(HEADS, 3 * PAGE, np.int32)
+    for _ in engine.pool.turns(table, lengths, np.zeros_like(table), NOTHING):
         pass
     assert engine.pool.counts.failed == 3
     assert engine.pool.take_unreadable() == {20, 21}
