@@ -29,6 +29,9 @@ class OffloadConfig(BaseModel):
     hot_gib: float = Field(2.0, gt=0, description="GiB of pages that attention reads")
     cold_gib: float = Field(64.0, gt=0, description="GiB of the paged cache")
     path: str | None = Field(None, description="folder of the cache's file, for tier disk")
+    eviction: Literal["lru", "mass"] = Field(
+        "lru", description="which hot page gives way: lru or mass"
+    )
 
     @model_validator(mode="after")
     def _check_path(self) -> OffloadConfig:

@@ -118,7 +118,8 @@ class KvplugImpl(CPUAttentionBackendImpl):
             self.attend(query, output, self.cache, calls, workspace, *scaling)
             return
         rows = table.host, table.seq_lens_host, table.slots_host
-        for first, last in self.hot.turns(*rows, metadata.written(self.hot.page)):
+        shares = table.shares if self._pipeline.keeps_shares else None
+        for first, last in self.hot.turns(*rows, metadata.written(self.hot.page), shares):
             if last - first == len(table.query_start) - 1:
                 part = self.attend.over(calls, table.slots)
                 self.attend(query, output, self.cache, part, workspace, *scaling)

@@ -21,6 +21,7 @@ import torch
 from kvplug.compiled import ONE_THREAD_BELOW
 from kvplug.offload.gather import BYTES_PER_STEP, Places, copy_pages, read_pages
 from kvplug.offload.lru import (
+    STEP,
     Slots,
     begin_rows,
     drop_pages,
@@ -28,6 +29,7 @@ from kvplug.offload.lru import (
     place_rows,
     rewrite_pages,
 )
+from kvplug.offload.mass import weigh_rows
 from kvplug.offload.written import Written
 from kvplug.pages import single_head_view
 
@@ -73,9 +75,12 @@ class HotPool:
         kv_cache: ``[pages, Hk, P, 2 * D]`` of the layer, in the cold store.
         store: The store.
         slots: Pages of single KV heads that the pool holds.
+        by_mass: Whether pages give way by attention mass, or by their last use alone.
     """
 
-    def __init__(self, kv_cache: torch.Tensor, store: ColdStore, slots: int) -> None:
+    def __init__(
+        self, kv_cache: torch.Tensor, store: ColdStore, slots: int, by_mass: bool = False
+    ) -> None:
         """Allocates the slots (untouched ones cost no memory)."""
         cold = single_head_view(kv_cache)
         entries, _, page, width = cold.shape
@@ -86,7 +91,7 @@ class HotPool:
         self.unreadable: set[int] = set()
         """Physical pages that could not be read since :meth:`take_unreadable`."""
         self._store = store
-        self._state = Slots.empty(entries, slots)
+        self._state = Slots.empty(entries, slots, by_mass)
         self._size = page * width * kv_cache.dtype.itemsize
         self._offset = store.offset(kv_cache)
         self._cold = cold.view(torch.uint8).view(entries, -1).numpy()
@@ -108,8 +113,9 @@ class HotPool:
         self._follow(rewrite_pages(self._state, *self._rewriting(written)))
 
     def turns(
-        self, table: np.ndarray, seq_lens: np.ndarray, slots: np.ndarray, written: Written
-    ) -> Iterator[tuple[int, int]]:
+        self, table: np.ndarray, seq_lens: np.ndarray, slots: np.ndarray, written: Written,
+        shares: np.ndarray | None = None,
+    ) -> Iterator[tuple[int, int]]:  # fmt: skip
         """Brings in the pages of a step's rows, as many windows at a time as fit.
 
         Args:
@@ -118,6 +124,7 @@ class HotPool:
             slots: ``[S * Hk, width]`` int32, written: the table with slots for pages; rows of a
                 turn hold until the next one.
             written: By the step, as for :meth:`rewrite`.
+            shares: ``[S * Hk, width]`` float32 attention mass, where pages give way by it.
 
         Yields:
             The first window of a turn, and the one behind its last.
@@ -127,6 +134,7 @@ class HotPool:
             self._state, *self._rewriting(written), table, seq_lens, self.page, slots
         )
         self._follow(listed)
+        self._state.marks[STEP] += 1
         counts, heads = self.counts, self.num_kv_heads
         windows, first = len(table) // heads, 0
         while True:
@@ -141,6 +149,9 @@ class HotPool:
                 counts.misses += missing
                 counts.hits -= missing
                 counts.evictions += evicted
+            if shares is not None:
+                turn = slice(first * heads, last * heads)
+                weigh_rows(self._state, slots[turn], shares[turn], seq_lens[turn], self.page)
             counts.hits += used
             counts.turns += 1
             counts.stall_s += time.perf_counter() - start
@@ -228,23 +239,25 @@ def _huge_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     return whole[first : first + nbytes].view(dtype).view(shape)
 
 
-def warm_up(kv_cache: torch.Tensor, store: ColdStore) -> None:
+def warm_up(kv_cache: torch.Tensor, store: ColdStore, by_mass: bool = False) -> None:
     """Compiles what a pool calls, on the first pages of a layer, before there is anything in them.
 
     Args:
         kv_cache: ``[pages, Hk, P, 2 * D]``, at least two pages.
         store: What it is in.
+        by_mass: See :class:`HotPool`.
     """
     _, heads, page, _ = kv_cache.shape
-    pool = HotPool(kv_cache[:2], store, 2 * heads)
+    pool = HotPool(kv_cache[:2], store, 2 * heads, by_mass)
     written = Written.of(torch.tensor([0, 1]), page)
     table = np.ascontiguousarray(np.arange(2 * heads, dtype=np.int32).reshape(2, heads).T)
     table = np.concatenate((table, table))
-    lengths = np.full(2 * heads, 2 * page, np.int32)
-    for _ in pool.turns(table, lengths, np.empty_like(table), written):
+    lengths, slots = np.full(2 * heads, 2 * page, np.int32), np.empty_like(table)
+    shares = np.ones(table.shape, np.float32) if by_mass else None
+    for _ in pool.turns(table, lengths, slots, written, shares):
         pass
     pool.rewrite(written)
-    find_rows(pool._state, table, lengths, page, np.empty_like(table))
+    find_rows(pool._state, table, lengths, page, slots)
     one = np.zeros(1, np.int32)
     copy_pages(0, pool._places, one, one)
 

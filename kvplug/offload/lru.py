@@ -18,8 +18,13 @@ from kvplug.offload.gather import copy_page
 
 NOWHERE = -1
 """Slot of an entry that is not in the pool; entry of a slot that is empty."""
-CLOCK, NEXT, LAST, FREE = range(4)
-"""Places in ``marks``: time, first and last of the order that is left, empty slots."""
+CLOCK, BEGIN, ORDERED, NEXT, LAST, FREE, STEP = range(7)
+"""Places in ``marks``: time; when rows were last looked up; when slots were last put in order, and
+first and last of the order that is left; empty slots; steps."""
+LATER = 2.0**52
+"""Heat of a slot that the step needs later, beside which masses are nothing."""
+LEAST = 32
+"""Slots that are put in order at a time at least."""
 PART = 4
 """One slot in so many is put in order at a time."""
 
@@ -37,18 +42,23 @@ class Slots(NamedTuple):
     """``[slots]`` those to give way, the first one first."""
     heat: NDArray[np.float64]
     """``[slots]`` what they were ordered by."""
+    mass: NDArray[np.float64]
+    """``[slots]`` see :mod:`kvplug.offload.mass`; ``[0]`` where the last use alone counts."""
     free: NDArray[np.int32]
     """``[slots]`` empty ones."""
     marks: NDArray[np.int64]
-    """``[4]``, see CLOCK."""
+    """``[7]``, see CLOCK."""
 
     @classmethod
-    def empty(cls, entries: int, slots: int) -> Slots:
+    def empty(cls, entries: int, slots: int, by_mass: bool = False) -> Slots:
         """A pool with nothing in it."""
+        marks = np.zeros(7, np.int64)
+        marks[CLOCK], marks[FREE] = 1, slots
         return cls(
             np.full(entries, NOWHERE, np.int32), np.full(slots, NOWHERE, np.int32),
             np.full(slots, -1, np.int64), np.zeros(slots, np.int32), np.zeros(slots),
-            np.arange(slots, dtype=np.int32)[::-1].copy(), np.array([1, 0, 0, slots]),
+            np.full(slots if by_mass else 0, -np.inf),
+            np.arange(slots, dtype=np.int32)[::-1].copy(), marks,
         )  # fmt: skip
 
     def check(self) -> None:
@@ -131,23 +141,32 @@ def _sift(heat, order, node, size):  # type: ignore[no-untyped-def]
     heat[node], order[node] = hot, slot
 
 
+@njit(cache=True, inline="always")
+def _heat_of(slots, slot):  # type: ignore[no-untyped-def]
+    """What a slot is ordered by; those that the step needs later give way last."""
+    used = np.float64(slots.used[slot])
+    if not slots.mass.shape[0]:
+        return used
+    return LATER + used if used >= slots.marks[BEGIN] else slots.mass[slot]
+
+
 @njit(cache=True)
 def _put_in_order(slots, pinned, wanted):  # type: ignore[no-untyped-def]
     """Orders the ``wanted`` coldest slots that were last used before ``pinned``; how many."""
-    heat, order = slots.heat, slots.order
-    count = 0
+    heat, order, count = slots.heat, slots.order, 0
     for slot in range(slots.used.shape[0]):
         used = slots.used[slot]
         if not 0 <= used < pinned:
             continue
+        now = _heat_of(slots, slot)
         if count < wanted:
-            heat[count], order[count] = used, slot
+            heat[count], order[count] = now, slot
             count += 1
             if count == wanted:
                 for node in range(count // 2 - 1, -1, -1):
                     _sift(heat, order, node, count)
-        elif used < heat[0]:
-            heat[0], order[0] = used, slot
+        elif now < heat[0]:
+            heat[0], order[0] = now, slot
             _sift(heat, order, 0, count)
     if count < wanted:
         for node in range(count // 2 - 1, -1, -1):
@@ -156,6 +175,7 @@ def _put_in_order(slots, pinned, wanted):  # type: ignore[no-untyped-def]
         heat[0], heat[last], order[0], order[last] = heat[last], heat[0], order[last], order[0]
         _sift(heat, order, 0, last)
     slots.marks[NEXT], slots.marks[LAST] = 0, count
+    slots.marks[ORDERED] = slots.marks[CLOCK]
     return count
 
 
@@ -177,12 +197,13 @@ def take(slots, pinned, wanted):  # type: ignore[no-untyped-def]
         return slots.free[marks[FREE]]
     while True:
         while marks[NEXT] < marks[LAST]:
-            slot, was = slots.order[marks[NEXT]], slots.heat[marks[NEXT]]
+            slot = slots.order[marks[NEXT]]
             marks[NEXT] += 1
-            if slots.used[slot] == was:
+            if 0 <= slots.used[slot] < marks[ORDERED]:
                 return slot
-        part = max(wanted, slots.used.shape[0] // PART)
-        if not _put_in_order(slots, pinned, part):
+        part = 0 if slots.mass.shape[0] else slots.used.shape[0] // PART
+        # What the step needs later may give way too, so more can be wanted than was lacking.
+        if not _put_in_order(slots, pinned, max(wanted, part, LEAST)):
             return NOWHERE
 
 
@@ -201,6 +222,7 @@ def find_rows(slots, table, seq_lens, page, out):  # type: ignore[no-untyped-def
         Places in the rows whose entry is not held; slots in use.
     """
     begin = now = slots.marks[CLOCK]
+    slots.marks[BEGIN] = begin
     lacking = 0
     for row in range(table.shape[0]):
         for n in range((seq_lens[row] + page - 1) // page):
@@ -252,6 +274,8 @@ def place_rows(  # type: ignore[no-untyped-def]
     """
     windows = table.shape[0] // heads
     pinned, missing, used, evicted = slots.marks[CLOCK], 0, 0, 0
+    if slots.mass.shape[0]:
+        slots.marks[LAST] = 0  # masses have changed
     for w in range(first, windows):
         for row in range(w * heads, (w + 1) * heads):
             for n in range((seq_lens[row] + page - 1) // page):
@@ -266,6 +290,8 @@ def place_rows(  # type: ignore[no-untyped-def]
                         evicted += 1
                     slots.slot_of[entry], slots.entry_in[slot] = slot, entry
                     slots.used[slot] = -1
+                    if slots.mass.shape[0]:
+                        slots.mass[slot] = -np.inf
                     entries[missing], into[missing] = entry, slot
                     missing += 1
                 if slots.used[slot] < pinned:

@@ -28,7 +28,8 @@ def adopt_offload(vllm_config: Any, config: KvplugConfig) -> None:
 
     offload, cache = config.offload, vllm_config.cache_config
     assert offload is not None
-    if make_stages(config.policy, config.options).always_dense:
+    stages = make_stages(config.policy, config.options)
+    if stages.always_dense:
         raise KvplugError(
             f"Policy {config.policy!r} attends to everything, so no part of its cache is cold: "
             f"leave out offload, or choose another policy."
@@ -37,6 +38,11 @@ def adopt_offload(vllm_config: Any, config: KvplugConfig) -> None:
         raise KvplugError(
             f"kvplug option offload.cold_gib={offload.cold_gib:g} must be at least "
             f"hot_gib={offload.hot_gib:g}: the cold store holds every page."
+        )
+    if offload.eviction == "mass" and not stages.gives("logits"):
+        raise KvplugError(
+            f"kvplug option offload.eviction='mass' needs scores on the scale of attention logits, "
+            f"which policy {config.policy!r} does not give: use 'lru'."
         )
     _check_pool(vllm_config, config)
     nbytes = int(offload.cold_gib * GIB)
@@ -107,6 +113,7 @@ def make_pools(vllm_config: Any, layers: dict[int, Any]) -> dict[int, HotPool]:
     config = options_of(vllm_config)
     if config.offload is None:
         return {}
+    by_mass = config.offload.eviction == "mass"
     pools: dict[int, HotPool] = {}
     for number, layer in layers.items():
         store = store_of(layer.kv_cache)
@@ -116,11 +123,11 @@ def make_pools(vllm_config: Any, layers: dict[int, Any]) -> dict[int, HotPool]:
             )
         if not pools:
             with same_threads(), warming_up():
-                warm_up(layer.kv_cache, store)
+                warm_up(layer.kv_cache, store, by_mass)
         pages, heads, page, width = layer.kv_cache.shape
         size = page * width * layer.kv_cache.dtype.itemsize
         slots = check_slots(config, page, heads, len(layers), size)
-        pools[number] = HotPool(layer.kv_cache, store, min(slots, pages * heads))
+        pools[number] = HotPool(layer.kv_cache, store, min(slots, pages * heads), by_mass)
     hot = sum(pool.nbytes() for pool in pools.values())
     logger.info(
         "kvplug offloads to %s: %.2f GiB of pages in %d layers, %.2f GiB of them hot.",

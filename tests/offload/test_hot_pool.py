@@ -8,14 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from kvplug.config import OffloadConfig
 from kvplug.errors import KvplugError
 from kvplug.offload.cold_store import ColdStore
 from kvplug.offload.hot_pool import HotPool, slots_for
-from kvplug.offload.lru import Slots, find_rows, place_rows
 from kvplug.offload.written import Written
 
 PAGES, HEADS, PAGE, DIM = 40, 2, 32, 8
@@ -48,11 +45,15 @@ class Engine:
         stored: A store and a layer's cache in it.
         slots: Of the pool.
         seed: Of everything.
+        by_mass: Whether pages give way by mass.
     """
 
-    def __init__(self, stored: tuple[ColdStore, torch.Tensor], slots: int, seed: int) -> None:
+    def __init__(
+        self, stored: tuple[ColdStore, torch.Tensor], slots: int, seed: int, by_mass: bool = False
+    ) -> None:
         self.store, self.cache = stored
-        self.pool = HotPool(self.cache, self.store, slots)
+        self.pool = HotPool(self.cache, self.store, slots, by_mass)
+        self.by_mass = by_mass
         self.draw = np.random.default_rng(seed)
         self.truth = self.cache.clone()
         self.written = NOTHING
@@ -79,8 +80,10 @@ class Engine:
                 table[w * HEADS + head, : len(pages)] = row * HEADS + head
                 lengths[w * HEADS + head] = len(pages) * PAGE - int(self.draw.integers(0, PAGE))
         turns, done = 0, 0
-        slots = np.zeros_like(table)
-        for first, last in self.pool.turns(table, lengths, slots, self.written):
+        slots, shares = np.zeros_like(table), None
+        if self.by_mass:
+            shares = self.draw.random(table.shape).astype(np.float32)
+        for first, last in self.pool.turns(table, lengths, slots, self.written, shares):
             assert first == done
             done, turns = last, turns + 1
             self.check(table, lengths, slots, range(first * HEADS, done * HEADS))
@@ -109,10 +112,11 @@ class Engine:
         assert self.pool.check_integrity()
 
 
+@pytest.mark.parametrize("by_mass", [False, True], ids=["lru", "mass"])
 @pytest.mark.parametrize("slots", [LEAST, LEAST + 1, 3 * LEAST, PAGES * HEADS])
-def test_ten_thousand_random_steps(stored: tuple[ColdStore, torch.Tensor], slots: int) -> None:
-    engine = Engine(stored, slots, seed=slots)
-    for _ in range(1250):
+def test_random_steps(stored: tuple[ColdStore, torch.Tensor], slots: int, by_mass: bool) -> None:
+    engine = Engine(stored, slots, slots, by_mass)
+    for _ in range(250):
         engine.step()
     counts = engine.pool.counts
     assert counts.misses * PAGE * 2 * DIM * 2 == counts.bytes_read
@@ -145,36 +149,6 @@ def test_a_pool_that_is_too_small_is_a_bug(stored: tuple[ColdStore, torch.Tensor
     engine = Engine(stored, LEAST - 1, seed=3)
     with pytest.raises(AssertionError, match="smaller than one window"):
         engine.attend([[0, 1, 2, 3, 4, 5]])
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    rows=st.lists(st.lists(st.integers(0, 19), min_size=1, max_size=5), min_size=1, max_size=30),
-    slots=st.integers(5, 12),
-)
-def test_slots_follow_a_plain_list(rows: list[list[int]], slots: int) -> None:
-    """The clock against Python's own list: same hits, same evictions, newest first."""
-    state, order = Slots.empty(20, slots), list[int]()
-    entries, into = np.empty(slots, np.int32), np.empty(slots, np.int32)
-    for row in rows:
-        table, out = np.array([row], np.int32), np.zeros((1, len(row)), np.int32)
-        lengths = np.array([len(row) * PAGE], np.int32)
-        lacking, found = find_rows(state, table, lengths, PAGE, out)
-        last, missing, pinned, evicted = 1, 0, found, 0
-        if lacking:
-            last, missing, pinned, evicted = place_rows(
-                state, table, lengths, PAGE, 0, 1, lacking, out, entries, into
-            )
-        fresh = list(dict.fromkeys(row))
-        assert (last, pinned) == (1, len(fresh))
-        assert missing == sum(entry not in order for entry in fresh)
-        kept = [entry for entry in order if entry not in fresh]
-        gone = max(len(kept) + len(fresh) - slots, 0)
-        order = kept[gone:] + fresh
-        assert evicted == gone
-        assert set(state.entry_in[state.entry_in >= 0]) == set(order)
-        assert [state.entry_in[slot] for slot in out[0]] == row
-        state.check()
 
 
 def test_an_unreadable_page_is_told_and_not_kept(tmp_path_factory: pytest.TempPathFactory) -> None:
