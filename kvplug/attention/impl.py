@@ -117,6 +117,8 @@ class KvplugImpl(CPUAttentionBackendImpl):
         if self.hot is None:
             self.attend(query, output, self.cache, calls, workspace, *scaling)
             return
+        if self.hot.links is not None:
+            self.hot.links.follow(table.step)
         rows = table.host, table.seq_lens_host, table.slots_host
         shares = table.shares if self._pipeline.keeps_shares else None
         for first, last in self.hot.turns(*rows, metadata.written(self.hot.page), shares):

@@ -50,7 +50,7 @@ def read_pages(  # type: ignore[no-untyped-def]
         failed: ``[n]`` uint8, written: whether a page could not be read.
     """
     for i in prange(entries.shape[0]):
-        if _contains(written, entries[i] // places.num_kv_heads):
+        if holds(written, entries[i] // places.num_kv_heads):
             copy_page(places, entries[i], slots[i])
             failed[i] = 0
         else:
@@ -87,6 +87,7 @@ def read_page(file, offset, places, entry, slot):  # type: ignore[no-untyped-def
 
 
 @njit(cache=True)
-def _contains(ascending, number):  # type: ignore[no-untyped-def]
+def holds(ascending, number):  # type: ignore[no-untyped-def]
+    """Whether a number is among others."""
     place = np.searchsorted(ascending, number)
     return place < ascending.shape[0] and ascending[place] == number

@@ -7,65 +7,33 @@ page that the same call attends to. What does not fit together is attended in tu
 
 from __future__ import annotations
 
-import math
-import mmap
 import time
 from collections.abc import Iterator
-from contextlib import suppress
-from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from kvplug.compiled import ONE_THREAD_BELOW
+from kvplug.offload.ahead import KINDS, ReadAhead
+from kvplug.offload.counts import PoolCounts
 from kvplug.offload.gather import BYTES_PER_STEP, Places, copy_pages, read_pages
-from kvplug.offload.lru import (
-    STEP,
-    Slots,
+from kvplug.offload.huge_pages import huge_zeros
+from kvplug.offload.lru import STEP, Slots, use_events
+from kvplug.offload.mass import weigh_rows
+from kvplug.offload.place import (
     begin_rows,
     drop_pages,
     find_rows,
     place_rows,
     rewrite_pages,
 )
-from kvplug.offload.mass import weigh_rows
 from kvplug.offload.written import Written
 from kvplug.pages import single_head_view
 
 if TYPE_CHECKING:
     from kvplug.offload.cold_store import ColdStore
-
-
-HUGE_PAGE = 2**21
-"""Bytes that the system maps at once where it can; the pool starts at a multiple of it."""
-
-
-@dataclass
-class PoolCounts:
-    """What a pool has done since it was made."""
-
-    hits: int = 0
-    """Pages of single KV heads that were there when a call asked for them."""
-    misses: int = 0
-    """Those that had to be copied in."""
-    evictions: int = 0
-    """Those that gave way."""
-    bytes_read: int = 0
-    """From the cold store."""
-    bytes_written: int = 0
-    """Of new keys and values, which go to the cold store."""
-    failed: int = 0
-    """Pages that could not be read."""
-    turns: int = 0
-    """Calls of attention; more than steps where a step did not fit at once."""
-    stall_s: float = 0.0
-    """Seconds that attention waited for pages."""
-
-    def __add__(self, other: PoolCounts) -> PoolCounts:
-        """Sums, for all layers together."""
-        names = [field.name for field in fields(self)]
-        return PoolCounts(**{name: getattr(self, name) + getattr(other, name) for name in names})
+    from kvplug.offload.links import Links
 
 
 class HotPool:
@@ -75,23 +43,28 @@ class HotPool:
         kv_cache: ``[pages, Hk, P, 2 * D]`` of the layer, in the cold store.
         store: The store.
         slots: Pages of single KV heads that the pool holds.
-        by_mass: Whether pages give way by attention mass, or by their last use alone.
+        links: Of the cache's pages, where events give way or are read ahead.
     """
 
     def __init__(
-        self, kv_cache: torch.Tensor, store: ColdStore, slots: int, by_mass: bool = False
+        self, kv_cache: torch.Tensor, store: ColdStore, slots: int, links: Links | None = None
     ) -> None:
         """Allocates the slots (untouched ones cost no memory)."""
+        options, self.links = store.offload, links
         cold = single_head_view(kv_cache)
         entries, _, page, width = cold.shape
+        self.num_entries = entries
         self.page, self.num_kv_heads = page, kv_cache.shape[1]
-        self.pages = _huge_zeros((slots, 1, page, width), kv_cache.dtype)
+        self.pages = huge_zeros((slots, 1, page, width), kv_cache.dtype)
         """``[slots, 1, P, 2 * D]``: a cache of single heads, as the kernel wants it."""
         self.counts = PoolCounts()
         self.unreadable: set[int] = set()
         """Physical pages that could not be read since :meth:`take_unreadable`."""
         self._store = store
-        self._state = Slots.empty(entries, slots, by_mass)
+        self._state = Slots.empty(
+            entries, slots, by_mass=options.eviction == "mass", ahead=bool(options.prefetch),
+            links=None if links is None else links.arrays, by_event=options.eviction == "event",
+        )  # fmt: skip
         self._size = page * width * kv_cache.dtype.itemsize
         self._offset = store.offset(kv_cache)
         self._cold = cold.view(torch.uint8).view(entries, -1).numpy()
@@ -99,6 +72,12 @@ class HotPool:
         self._places = Places(
             cold.data_ptr(), self.pages.data_ptr(), self._size, self.num_kv_heads
         )  # fmt: skip
+        self.next: HotPool | None = None
+        """The next layer's, where pages are read ahead for it."""
+        self._prefetch = options.prefetch
+        self._ahead: ReadAhead | None = None
+        if options.prefetch:
+            self._ahead = ReadAhead(self._state, self._places, store, self._offset)
         self._written = Written(np.empty(0, np.int64), np.empty(0, np.uint8), 0)
         self._entries = np.empty(slots, np.int32)
         self._into = np.empty(slots, np.int32)
@@ -110,6 +89,7 @@ class HotPool:
         Args:
             written: By the step that runs; its keys and values are in the cold store.
         """
+        self.land()
         self._follow(rewrite_pages(self._state, *self._rewriting(written)))
 
     def turns(
@@ -130,6 +110,7 @@ class HotPool:
             The first window of a turn, and the one behind its last.
         """
         start = time.perf_counter()
+        self.land()
         listed, lacking, used = begin_rows(
             self._state, *self._rewriting(written), table, seq_lens, self.page, slots
         )
@@ -149,9 +130,13 @@ class HotPool:
                 counts.misses += missing
                 counts.hits -= missing
                 counts.evictions += evicted
+            mine = slice(first * heads, last * heads)
             if shares is not None:
-                turn = slice(first * heads, last * heads)
-                weigh_rows(self._state, slots[turn], shares[turn], seq_lens[turn], self.page)
+                weigh_rows(self._state, slots[mine], shares[mine], seq_lens[mine], self.page)
+            if self._state.by_event:
+                use_events(self._state, table[mine], seq_lens[mine], self.page)
+            if self._ahead is not None and last == windows:
+                self._read_ahead(table, seq_lens, in_turns=first > 0)
             counts.hits += used
             counts.turns += 1
             counts.stall_s += time.perf_counter() - start
@@ -163,6 +148,37 @@ class HotPool:
             lacking, used = find_rows(
                 self._state, table[rest], seq_lens[rest], self.page, slots[rest]
             )
+
+    def land(self) -> None:
+        """Takes in what was read ahead."""
+        if self._ahead is None:
+            return
+        read, failed = self._ahead.land()
+        self.counts.bytes_read += int(read.sum()) * self._size
+        self.counts.failed += failed
+        for number, kind in enumerate(KINDS, 1):
+            name = f"prefetched_{kind}"
+            setattr(self.counts, name, getattr(self.counts, name) + int(read[number]))
+
+    def _read_ahead(self, table: np.ndarray, seq_lens: np.ndarray, in_turns: bool) -> None:
+        """Has pages read while the step's last turn, and what comes behind it, is computed.
+
+        A step that fits the pool leaves all its pages there, so only of one that was attended in
+        turns is there anything to read for the next.
+        """
+        assert self._ahead is not None
+        rows, written = (table, seq_lens, self.page), self._written.pages
+        if self.next is not None and self.next._ahead is not None:
+            self.next.land()
+            self.next._ahead.want_rows(*rows, written)
+            self.next.counts.evictions += self.next._ahead.start()
+        if in_turns and "last" in self._prefetch:
+            self._ahead.want_again(*rows)
+        if "events" in self._prefetch:
+            self._ahead.want_around(*rows)
+        self.counts.evictions += self._ahead.start()
+        for number, kind in enumerate(KINDS, 1):
+            setattr(self.counts, f"prefetch_hits_{kind}", int(self._state.found[number]))
 
     def _rewriting(self, written: Written) -> tuple[Any, ...]:
         """Arguments of :func:`rewrite_pages`."""
@@ -218,6 +234,7 @@ class HotPool:
         Raises:
             AssertionError: They do not.
         """
+        self.land()
         self._state.check()
         held = np.flatnonzero(self._state.entry_in >= 0)
         assert (self._hot[held] == self._cold[self._state.entry_in[held]]).all()
@@ -225,41 +242,8 @@ class HotPool:
 
     def nbytes(self) -> int:
         """Bytes of slots and maps."""
-        return self.pages.nbytes + sum(array.nbytes for array in self._state)
-
-
-def _huge_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """Zeros in the system's large pages, if it has them: slots are used in no order."""
-    nbytes = math.prod(shape) * dtype.itemsize
-    memory = mmap.mmap(-1, nbytes + HUGE_PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with suppress(OSError):  # a system without large pages
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    whole = torch.frombuffer(memory, dtype=torch.uint8)
-    first = -whole.data_ptr() % HUGE_PAGE
-    return whole[first : first + nbytes].view(dtype).view(shape)
-
-
-def warm_up(kv_cache: torch.Tensor, store: ColdStore, by_mass: bool = False) -> None:
-    """Compiles what a pool calls, on the first pages of a layer, before there is anything in them.
-
-    Args:
-        kv_cache: ``[pages, Hk, P, 2 * D]``, at least two pages.
-        store: What it is in.
-        by_mass: See :class:`HotPool`.
-    """
-    _, heads, page, _ = kv_cache.shape
-    pool = HotPool(kv_cache[:2], store, 2 * heads, by_mass)
-    written = Written.of(torch.tensor([0, 1]), page)
-    table = np.ascontiguousarray(np.arange(2 * heads, dtype=np.int32).reshape(2, heads).T)
-    table = np.concatenate((table, table))
-    lengths, slots = np.full(2 * heads, 2 * page, np.int32), np.empty_like(table)
-    shares = np.ones(table.shape, np.float32) if by_mass else None
-    for _ in pool.turns(table, lengths, slots, written, shares):
-        pass
-    pool.rewrite(written)
-    find_rows(pool._state, table, lengths, page, slots)
-    one = np.zeros(1, np.int32)
-    copy_pages(0, pool._places, one, one)
+        arrays = [part for part in self._state if isinstance(part, np.ndarray)]
+        return self.pages.nbytes + sum(array.nbytes for array in arrays)
 
 
 def slots_for(hot_gib: float, num_layers: int, page_bytes: int) -> int:

@@ -14,7 +14,7 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from kvplug.offload.gather import copy_page
+from kvplug.offload.links import LONGEST, NONE, LinkArrays, next_in_event
 
 NOWHERE = -1
 """Slot of an entry that is not in the pool; entry of a slot that is empty."""
@@ -48,9 +48,20 @@ class Slots(NamedTuple):
     """``[slots]`` empty ones."""
     marks: NDArray[np.int64]
     """``[7]``, see CLOCK."""
+    kind: NDArray[np.uint8]
+    """``[slots]`` why each was read ahead, until it is used; ``[0]`` where nothing is."""
+    found: NDArray[np.int64]
+    """``[4]`` how many of each kind were used."""
+    links: LinkArrays
+    """Of the cache's pages; ``[0]`` where neither events give way nor neighbours are read."""
+    by_event: bool
+    """Whether whole events give way."""
 
     @classmethod
-    def empty(cls, entries: int, slots: int, by_mass: bool = False) -> Slots:
+    def empty(
+        cls, entries: int, slots: int, by_mass: bool = False, ahead: bool = False,
+        links: LinkArrays | None = None, by_event: bool = False,
+    ) -> Slots:  # fmt: skip
         """A pool with nothing in it."""
         marks = np.zeros(7, np.int64)
         marks[CLOCK], marks[FREE] = 1, slots
@@ -59,6 +70,8 @@ class Slots(NamedTuple):
             np.full(slots, -1, np.int64), np.zeros(slots, np.int32), np.zeros(slots),
             np.full(slots if by_mass else 0, -np.inf),
             np.arange(slots, dtype=np.int32)[::-1].copy(), marks,
+            np.zeros(slots if ahead else 0, np.uint8), np.zeros(4, np.int64),
+            LinkArrays.empty(0) if links is None else links, by_event,
         )  # fmt: skip
 
     def check(self) -> None:
@@ -76,54 +89,67 @@ def drop(slots, slot):  # type: ignore[no-untyped-def]
     """Empties a slot."""
     slots.slot_of[slots.entry_in[slot]] = NOWHERE
     slots.entry_in[slot], slots.used[slot] = NOWHERE, -1
+    if slots.kind.shape[0]:
+        slots.kind[slot] = 0
     slots.free[slots.marks[FREE]] = slot
     slots.marks[FREE] += 1
 
 
 @njit(cache=True)
-def drop_pages(slots, pages, num_kv_heads):  # type: ignore[no-untyped-def]
-    """Empties the slots of pages that cannot be used any more."""
-    for page in pages:
-        for entry in range(page * num_kv_heads, (page + 1) * num_kv_heads):
-            if slots.slot_of[entry] != NOWHERE:
-                drop(slots, slots.slot_of[entry])
+def vacate(slots, slot):  # type: ignore[no-untyped-def]
+    """Makes a slot of :func:`take` hold nothing; where events give way, the rest of its goes too.
+
+    Returns how many entries left the pool. What the step that runs uses stays.
+    """
+    entry, count = slots.entry_in[slot], 0
+    if slots.kind.shape[0]:
+        slots.kind[slot] = 0
+    if slots.mass.shape[0]:
+        slots.mass[slot] = -np.inf
+    if entry == NOWHERE:
+        return 0
+    slots.slot_of[entry] = slots.entry_in[slot] = NOWHERE
+    if slots.by_event:
+        heads = slots.slot_of.shape[0] // slots.links.head.shape[0]
+        head = slots.links.head[entry // heads]
+        page = head
+        for _ in range(LONGEST):
+            if page == NONE:
+                break
+            other = slots.slot_of[page * heads + entry % heads]
+            if other != NOWHERE and slots.used[other] < slots.marks[BEGIN]:
+                drop(slots, other)
+                count += 1
+            page = next_in_event(slots.links, page, head)
+    return count + 1
 
 
 @njit(cache=True)
-def rewrite_pages(  # type: ignore[no-untyped-def]
-    slots, pages, begun, places, most, entries, into
-):
-    """Pages were written to: those that begin anew are dropped, others follow in their slots.
+def use_events(slots, table, seq_lens, page):  # type: ignore[no-untyped-def]
+    """What the pool holds of events that rows attend to counts as used with them.
 
     Args:
         slots: The layer's.
-        pages: ``[n]`` int64.
-        begun: ``[n]`` uint8, whether the first token of each was written.
-        places: Of the layer.
-        most: Pages of single heads that are copied here; of more, all are listed.
-        entries: ``[>= n * Hk]`` int32, written: entries that have to be copied.
-        into: Like it, the slots that they go to.
-
-    Returns:
-        How many are listed.
+        table: ``[n, width]`` int32 entries.
+        seq_lens: ``[n]`` int32 tokens of each row.
+        page: P.
     """
-    count = 0
-    for i in range(pages.shape[0]):
-        first = pages[i] * places.num_kv_heads
-        for entry in range(first, first + places.num_kv_heads):
-            slot = slots.slot_of[entry]
-            if slot == NOWHERE:
+    begin, links = slots.marks[CLOCK], slots.links
+    heads = slots.slot_of.shape[0] // links.head.shape[0]
+    for row in range(table.shape[0]):
+        for n in range((seq_lens[row] + page - 1) // page):
+            head, kv_head = links.head[table[row, n] // heads], table[row, n] % heads
+            if head == NONE:
                 continue
-            if begun[i]:
-                drop(slots, slot)
-            else:
-                entries[count], into[count] = entry, slot
-                count += 1
-    if count > most:
-        return count
-    for i in range(count):
-        copy_page(places, entries[i], into[i])
-    return 0
+            this = head
+            for _ in range(LONGEST):
+                slot = slots.slot_of[this * heads + kv_head]
+                if slot != NOWHERE and slots.used[slot] < begin:
+                    slots.used[slot] = slots.marks[CLOCK]
+                    slots.marks[CLOCK] += 1
+                this = next_in_event(links, this, head)
+                if this == NONE:
+                    break
 
 
 @njit(cache=True)
@@ -205,98 +231,3 @@ def take(slots, pinned, wanted):  # type: ignore[no-untyped-def]
         # What the step needs later may give way too, so more can be wanted than was lacking.
         if not _put_in_order(slots, pinned, max(wanted, part, LEAST)):
             return NOWHERE
-
-
-@njit(cache=True)
-def find_rows(slots, table, seq_lens, page, out):  # type: ignore[no-untyped-def]
-    """Uses what the pool holds of a step's rows.
-
-    Args:
-        slots: The layer's.
-        table: ``[S * Hk, width]`` int32 entries.
-        seq_lens: ``[S * Hk]`` int32 tokens of each row.
-        page: P.
-        out: ``[S * Hk, width]`` int32, written: slots instead of entries, where there is one.
-
-    Returns:
-        Places in the rows whose entry is not held; slots in use.
-    """
-    begin = now = slots.marks[CLOCK]
-    slots.marks[BEGIN] = begin
-    lacking = 0
-    for row in range(table.shape[0]):
-        for n in range((seq_lens[row] + page - 1) // page):
-            slot = slots.slot_of[table[row, n]]
-            if slot == NOWHERE:
-                lacking += 1
-                continue
-            out[row, n] = slot
-            if slots.used[slot] < begin:
-                slots.used[slot] = now
-                now += 1
-    slots.marks[CLOCK] = now
-    return lacking, now - begin
-
-
-@njit(cache=True)
-def begin_rows(  # type: ignore[no-untyped-def]
-    slots, pages, begun, places, most, entries, into, table, seq_lens, page, out
-):
-    """:func:`rewrite_pages`, then :func:`find_rows`: all that most steps need, in one call."""
-    listed = rewrite_pages(slots, pages, begun, places, most, entries, into)
-    lacking, used = find_rows(slots, table, seq_lens, page, out)
-    return listed, lacking, used
-
-
-@njit(cache=True)
-def place_rows(  # type: ignore[no-untyped-def]
-    slots, table, seq_lens, page, first, heads, lacking, out, entries, into
-):
-    """Finds a slot for every page of as many windows as fit together.
-
-    What later windows need and the pool holds is the last to give way (:func:`find_rows`).
-
-    Args:
-        slots: The layer's.
-        table: ``[S * Hk, width]`` int32 entries.
-        seq_lens: ``[S * Hk]`` int32 tokens of each row.
-        page: P.
-        first: First window to place.
-        heads: Hk.
-        lacking: How many places have no slot.
-        out: ``[S * Hk, width]`` int32, written: slots instead of entries.
-        entries: ``[slots]`` int32, written: entries that have to be copied.
-        into: ``[slots]`` int32, written: the slots that they go to.
-
-    Returns:
-        The first window that does not fit, S if all do; entries to copy; slots in use; slots whose
-        entry had to give way.
-    """
-    windows = table.shape[0] // heads
-    pinned, missing, used, evicted = slots.marks[CLOCK], 0, 0, 0
-    if slots.mass.shape[0]:
-        slots.marks[LAST] = 0  # masses have changed
-    for w in range(first, windows):
-        for row in range(w * heads, (w + 1) * heads):
-            for n in range((seq_lens[row] + page - 1) // page):
-                entry = table[row, n]
-                slot = slots.slot_of[entry]
-                if slot == NOWHERE:
-                    slot = take(slots, pinned, lacking - missing)
-                    if slot == NOWHERE:
-                        return w, missing, used, evicted
-                    if slots.entry_in[slot] != NOWHERE:
-                        slots.slot_of[slots.entry_in[slot]] = NOWHERE
-                        evicted += 1
-                    slots.slot_of[entry], slots.entry_in[slot] = slot, entry
-                    slots.used[slot] = -1
-                    if slots.mass.shape[0]:
-                        slots.mass[slot] = -np.inf
-                    entries[missing], into[missing] = entry, slot
-                    missing += 1
-                if slots.used[slot] < pinned:
-                    slots.used[slot] = slots.marks[CLOCK]
-                    slots.marks[CLOCK] += 1
-                    used += 1
-                out[row, n] = slot
-    return windows, missing, used, evicted

@@ -12,7 +12,7 @@ from prometheus_client import REGISTRY
 
 from kvplug.observe.pool_metrics import METRICS, pool_metrics
 from kvplug.observe.share import VARIABLE
-from kvplug.offload.hot_pool import PoolCounts
+from kvplug.offload.counts import PoolCounts
 from kvplug.offload.pools import Pools
 
 

@@ -6,8 +6,9 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvplug.offload.lru import STEP, Slots, find_rows, place_rows
+from kvplug.offload.lru import STEP, Slots
 from kvplug.offload.mass import weigh_rows
+from kvplug.offload.place import find_rows, place_rows
 
 PAGE = 32
 
