@@ -92,19 +92,34 @@ def check_slots(
     Raises:
         KvplugError: Fewer than one window needs.
     """
-    from kvplug.offload.hot_pool import least_slots, slots_for
-    from kvplug.pipeline import region_sizes
+    from kvplug.offload.hot_pool import slots_for
 
     assert config.offload is not None
     slots = slots_for(config.offload.hot_gib, num_layers, page_bytes)
-    least = least_slots(region_sizes(config, page).max_pages_per_row(), num_kv_heads)
-    if slots < least:
-        needed = math.ceil(least * page_bytes * num_layers / GIB * 1e4) / 1e4
+    sizes = page, num_kv_heads, num_layers, page_bytes
+    if slots * num_layers * page_bytes < least_hot_bytes(config, *sizes):
+        needed = least_hot_gib(config, *sizes)
         raise KvplugError(
             f"kvplug option offload.hot_gib={config.offload.hot_gib:g} is too small: one window's "
             f"pages in {num_layers} layers take {needed:.4f} GiB."
         )
     return slots
+
+
+def least_hot_bytes(
+    config: KvplugConfig, page: int, num_kv_heads: int, num_layers: int, page_bytes: int
+) -> int:
+    """Bytes of one window's pages in every layer; see :func:`check_slots`."""
+    from kvplug.offload.hot_pool import least_slots
+    from kvplug.pipeline import region_sizes
+
+    least = least_slots(region_sizes(config, page).max_pages_per_row(), num_kv_heads)
+    return least * num_layers * page_bytes
+
+
+def least_hot_gib(config: KvplugConfig, *sizes: int) -> float:
+    """The least ``hot_gib``, rounded up to four digits; arguments as of the above."""
+    return math.ceil(least_hot_bytes(config, *sizes) / GIB * 1e4) / 1e4
 
 
 def make_pools(vllm_config: Any, layers: dict[int, Any]) -> dict[int, HotPool]:
