@@ -9,7 +9,7 @@ read while it wrote. Whether a page was read in time decides where its bytes com
 from __future__ import annotations
 
 import threading
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numba import njit
@@ -60,10 +60,14 @@ class ReadAhead:
         places: The layer's.
         store: Its cold store.
         offset: Where the layer's cache begins in it, bytes.
+        memory: What ``places`` points into; it must outlive every read.
     """
 
-    def __init__(self, slots: Slots, places: Places, store: ColdStore, offset: int) -> None:
+    def __init__(
+        self, slots: Slots, places: Places, store: ColdStore, offset: int, memory: tuple[Any, ...]
+    ) -> None:
         """Reads nothing yet."""
+        self._memory = memory
         most = max(1, min(MOST, len(slots.entry_in) // 4))
         self._asked = Asked(
             np.zeros(most, np.int32), np.zeros(most, np.int32), np.zeros(most, np.uint8),

@@ -77,7 +77,8 @@ class HotPool:
         self._prefetch = options.prefetch
         self._ahead: ReadAhead | None = None
         if options.prefetch:
-            self._ahead = ReadAhead(self._state, self._places, store, self._offset)
+            memory = kv_cache, self.pages
+            self._ahead = ReadAhead(self._state, self._places, store, self._offset, memory)
         self._written = Written(np.empty(0, np.int64), np.empty(0, np.uint8), 0)
         self._entries = np.empty(slots, np.int32)
         self._into = np.empty(slots, np.int32)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import weakref
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from kvplug.offload.ahead import READER
+from kvplug.offload.ahead import READER, ReadAhead
 from kvplug.offload.written import Written
 from tests.offload.test_hot_pool import HEADS, LEAST, PAGE, PAGES, Engine, made_store
 
@@ -155,6 +157,21 @@ def test_a_page_that_cannot_be_read_ahead_fails_nobody(tmp_path_factory: Any) ->
     assert counts.failed == 2 * HEADS
     assert counts.misses == 2 * HEADS
     assert made.pools[1].take_unreadable() == set()
+
+
+def test_memory_outlives_a_read(
+    tier: str, tmp_path_factory: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An engine that ends does not take away what a thread is about to fill."""
+    made, queue = engine(tier, tmp_path_factory, "next_layer"), list[ReadAhead]()
+    monkeypatch.setattr(READER, "submit", queue.append)
+    made.attend([[3, 4, 5]], layer=0)
+    memory = weakref.ref(made.pools[1].pages)
+    del made
+    gc.collect()
+    assert memory() is not None
+    queue[0].read()
+    assert queue[0]._is_read.is_set()
 
 
 def test_a_running_read_stops(tier: str, tmp_path_factory: Any) -> None:
