@@ -169,11 +169,19 @@ app.add_typer(load_app(progress, out), name="load")
 
 
 @app.command()
-def doctor(as_json: JsonFlag = False) -> None:
+def doctor(
+    offload: Annotated[
+        Path | None, typer.Option(help="Folder to offload to: its room and speed, in two seconds.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Path or name of a model, for the least hot pool.")
+    ] = None,
+    as_json: JsonFlag = False,
+) -> None:
     """Say what is live and what would go wrong."""
     from kvplug.doctor import diagnose
 
-    report = diagnose()
+    report = diagnose(offload, model)
     if as_json:
         print(json.dumps({key: value for key, value in report.items() if key != "checks"}))
     else:

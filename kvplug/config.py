@@ -29,12 +29,20 @@ class OffloadConfig(BaseModel):
     hot_gib: float = Field(2.0, gt=0, description="GiB of pages that attention reads")
     cold_gib: float = Field(64.0, gt=0, description="GiB of the paged cache")
     path: str | None = Field(None, description="folder of the cache's file, for tier disk")
+    eviction: Literal["lru", "mass", "event"] = Field(
+        "lru", description="which hot page gives way: lru, mass or event"
+    )
+    prefetch: list[Literal["last", "events", "next_layer"]] = Field(
+        default_factory=list, description="pages read ahead of need: last, events, next_layer"
+    )
 
     @model_validator(mode="after")
     def _check_path(self) -> OffloadConfig:
         if (self.tier == "disk") != (self.path is not None):
             needs = "needs a path" if self.tier == "disk" else "takes no path"
             raise ValueError(f"tier {self.tier!r} {needs}")
+        if len(set(self.prefetch)) < len(self.prefetch):
+            raise ValueError(f"prefetch names something twice: {', '.join(self.prefetch)}")
         return self
 
 

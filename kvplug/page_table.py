@@ -9,6 +9,7 @@ only writes its selected pages.
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -63,11 +64,44 @@ class PageTable:
         )
         """``[S + 1]`` int32 first query token of each window, then the total."""
         self.page = geometry.page
-        self._host, self._seq_lens_host = self.table.numpy(), self.seq_lens.numpy()
+        self.host, self.seq_lens_host = self.table.numpy(), self.seq_lens.numpy()
+        self._workspace = workspace
         _write_fixed_pages(
             windows.request, windows.context_end, windows.far_begin, windows.far_end,
             windows.num_selected, step.block_table_host, geometry.page, num_kv_heads,
-            self._host, self._seq_lens_host,
+            self.host, self.seq_lens_host,
+        )  # fmt: skip
+
+    @cached_property
+    def slots(self) -> torch.Tensor:
+        """``[S * Hk, width]`` int32: where a hot pool puts the slots of a layer's pages."""
+        return self._workspace.take("table.slots", tuple(self.table.shape), torch.int32)
+
+    @cached_property
+    def slots_host(self) -> np.ndarray:
+        """The same memory."""
+        return self.slots.numpy()
+
+    @cached_property
+    def shares(self) -> np.ndarray:
+        """``[S * Hk, width]`` float32 shares of attention, where pages give way by mass."""
+        shape = tuple(self.table.shape)
+        return self._workspace.take("table.shares", shape, torch.float32).fill_(1).numpy()
+
+    def write_shares(
+        self, scores: torch.Tensor, selected: torch.Tensor, counts: torch.Tensor
+    ) -> None:
+        """Writes one layer's shares: the softmax of scores for selected pages, 1 for all others.
+
+        Args:
+            scores: ``[W, Hk, N]`` logits, as :meth:`PageIndex.score` writes them.
+            selected: See :meth:`write_selected`.
+            counts: Likewise.
+        """
+        windows, step = self.step.windows, self.step
+        _write_shares(
+            scores.numpy(), selected.numpy(), counts.numpy(), step.sparse_windows,
+            windows.far_begin, windows.far_end, self.shares,
         )  # fmt: skip
 
     def write_selected(self, selected: torch.Tensor, counts: torch.Tensor, varies: bool) -> None:
@@ -82,13 +116,13 @@ class PageTable:
         windows, step = self.step.windows, self.step
         _write_selected_pages(
             selected.numpy(), counts.numpy(), step.sparse_windows, windows.request,
-            windows.far_begin, step.block_table_host, self._host,
+            windows.far_begin, step.block_table_host, self.host,
         )  # fmt: skip
         if varies:
             _write_local_pages(
                 counts.numpy(), step.sparse_windows, windows.request, windows.context_end,
                 windows.far_begin, windows.far_end, step.block_table_host, self.page,
-                self._host, self._seq_lens_host,
+                self.host, self.seq_lens_host,
             )  # fmt: skip
 
     def rows(
@@ -146,6 +180,28 @@ def _write_selected_pages(  # type: ignore[no-untyped-def]
             out = table[row * num_kv_heads + head]
             for i in range(counts[w, head]):
                 out[far_begin[row] + i] = pages[selected[w, head, i]] * num_kv_heads + head
+
+
+@njit(cache=True)
+def _write_shares(  # type: ignore[no-untyped-def]
+    scores, selected, counts, rows, far_begin, far_end, shares
+):
+    """Shares of each sparse window's pages; scores that are no numbers have none."""
+    num_kv_heads = selected.shape[1]
+    for w in range(rows.shape[0]):
+        row = rows[w]
+        begin, pages = far_begin[row], far_end[row] - far_begin[row]
+        for head in range(num_kv_heads):
+            mine, out = scores[w, head], shares[row * num_kv_heads + head]
+            most, total = -np.inf, 0.0
+            for n in range(pages):
+                most = max(most, mine[n]) if np.isfinite(mine[n]) else most
+            for n in range(pages):
+                total += np.exp(mine[n] - most) if np.isfinite(mine[n]) else 0.0
+            out[:] = 1
+            for i in range(counts[w, head]):
+                score = mine[selected[w, head, i] - begin]
+                out[begin + i] = np.exp(score - most) / total if np.isfinite(score) else 0.0
 
 
 @njit(cache=True)

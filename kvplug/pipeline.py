@@ -109,6 +109,7 @@ class Pipeline:
         """Builds the stages."""
         self.config = config
         self.stages = make_stages(config.policy, config.options)
+        self.keeps_shares = config.offload is not None and config.offload.eviction == "mass"
         self.geometry = region_sizes(config, page)
         self.num_kv_heads = num_kv_heads
         self.workspace = Workspace()
@@ -314,7 +315,12 @@ class Pipeline:
                 step.counts.add_selected(step.windows.request[step.sparse_windows], counts)
         shape = (num_windows, heads, step.max_selected)
         selected = workspace.take("selected", shape, torch.int32)
+        kept = scores
+        if self.keeps_shares:
+            kept = workspace.take("scores.kept", tuple(scores.shape), torch.float32).copy_(scores)
         layer.select.select(scores, step, counts, selected)
+        if self.keeps_shares:
+            table.write_shares(kept, selected, counts)
         table.write_selected(selected, counts, layer.budget.varies)
 
     def _count_unranked(self, scores: torch.Tensor, step: Step) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from kvplug.errors import KvplugError
 from kvplug.observe.trace import check_path
 from kvplug.observe.worker import EXTENSION
-from kvplug.offload.setup import adopt_offload, make_pools
+from kvplug.offload.setup import adopt_offload, find_events, make_pools
 from kvplug.selection import (
     DEFAULT_PAGE,
     is_selected,
@@ -239,6 +239,7 @@ def bind_layers(vllm_config: Any) -> None:
         layer = retrieving[number]
         scales = (layer._k_scale_float, layer._v_scale_float)
         layer.impl.bind(layer.kv_cache, shape, scales, pools.get(number), observers)
+        find_events(pools.get(number), layer.impl.pipeline.common)
     pipelines = {id(layer.impl.pipeline): number for number, layer in retrieving.items()}
     for number in pipelines.values():
         with same_threads(), warming_up():

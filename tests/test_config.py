@@ -116,6 +116,7 @@ def test_a_bad_value_is_named_with_its_limit(field: str, value: Any, limit: str)
         ({"tier": "host", "path": "x"}, "takes no path"),
         ({"tier": "host", "hot_gib": 0}, "offload.hot_gib (GiB"),
         ({"tier": "host", "cold_gib": -1}, "greater than 0"),
+        ({"tier": "host", "eviction": "fifo"}, "offload.eviction (which hot page gives way"),
         ({"tier": "host", "hot": 1}, "did you mean 'hot_gib'?"),
     ],
 )

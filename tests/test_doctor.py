@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -131,3 +132,46 @@ def test_the_plugin_is_registered_with_vllm() -> None:
 
     [entry] = [e for e in entry_points(group="vllm.general_plugins") if e.name == "kvplug"]
     assert entry.load() is sys.modules["kvplug.plugin"].register
+
+
+def test_a_folder_to_offload_to(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Its room and speed, and nothing left in it."""
+    fake(monkeypatch, backend=lambda: ("live", None))
+    monkeypatch.setattr("kvplug.offload.read_speed.MOST_BYTES", 2**20)
+    report = doctor.diagnose(tmp_path)
+    assert report["problems"] == []
+    assert list(report["offload"]) == ["offload folder", "offload reads"]
+    assert "GiB free" in report["offload"]["offload folder"]
+    assert report["offload"]["offload reads"].startswith("16 KiB each: ")
+    assert [path.name for path in tmp_path.iterdir()] == ["0.kvplug.lock"]
+
+
+def test_a_folder_in_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    fake(monkeypatch)
+    monkeypatch.setattr("kvplug.offload.cold_store.file_system", lambda folder: "tmpfs")
+    [problem] = doctor.diagnose(tmp_path)["problems"]
+    assert "is on tmpfs, which is memory" in problem
+
+
+def test_no_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Neither check stops the other."""
+    fake(monkeypatch)
+    problems = doctor.diagnose(tmp_path / "no")["problems"]
+    assert "is not a folder: make it first" in problems[0]
+    assert problems[1].startswith("offload reads: ")
+
+
+def test_the_least_hot_pool_of_a_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As many bytes as start-up asks for: 2 of 10 layers are dense."""
+    from transformers import LlamaConfig
+
+    from kvplug.config import KvplugConfig
+    from kvplug.pipeline import region_sizes
+
+    fake(monkeypatch)
+    LlamaConfig(
+        num_hidden_layers=10, num_attention_heads=8, num_key_value_heads=2, hidden_size=512
+    ).save_pretrained(tmp_path)
+    found = doctor.diagnose(model=str(tmp_path))["offload"]["least hot_gib"]
+    pages = region_sizes(KvplugConfig.parse({}), 32).max_pages_per_row()
+    assert float(found.split()[0]) == pytest.approx(pages * 2 * 8 * 32 * 64 * 4 / 2**30, abs=1e-4)

@@ -109,6 +109,33 @@ def test_query_start(made: Made) -> None:
     assert table.rows().is_decoding == (step.windows.num_tokens == 1).all()
 
 
+@given(tables(), st.integers(0, 2**32 - 1))
+@settings(max_examples=60, deadline=None)
+def test_shares_are_the_softmax_of_scores(made: Made, seed: int) -> None:
+    """For selected pages; what is attended to unasked counts as 1, a score of NaN as nothing."""
+    _, _, heads, step, table, selected = made
+    sparse, windows = step.sparse_windows.tolist(), step.windows
+    draw = np.random.default_rng(seed)
+    shape = (len(sparse), heads, step.max_far_pages)
+    scores = torch.from_numpy(draw.normal(0, 3, shape).astype(np.float32))
+    scores[torch.from_numpy(draw.random(shape) < 0.1)] = torch.nan
+    table.shares.fill(7)
+    table.shares[
+        [s * heads + h for s in range(len(windows)) if s not in sparse for h in range(heads)]
+    ] = 1
+    table.write_shares(scores, selected, (selected >= 0).sum(-1).int())
+    for s in range(len(windows)):
+        for head in range(heads):
+            expected = np.ones(table.table.shape[1])
+            if s in sparse:
+                w, begin = sparse.index(s), int(windows.far_begin[s])
+                mine = scores[w, head, : int(windows.far_end[s]) - begin].double()
+                softmax = mine.nan_to_num(nan=-torch.inf).softmax(0).nan_to_num()
+                for i, page in enumerate(p for p in selected[w, head].tolist() if p >= 0):
+                    expected[begin + i] = softmax[page - begin]
+            np.testing.assert_allclose(table.shares[s * heads + head], expected, atol=1e-6)
+
+
 @pytest.mark.parametrize("shape", [(1, 1, 4, 6), (5, 3, 4, 6), (7, 2, 32, 128)], ids=str)
 def test_single_head_view(shape: tuple[int, ...]) -> None:
     pages, heads, page, width = shape

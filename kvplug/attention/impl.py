@@ -17,10 +17,9 @@ from kvplug.stage import LayerShape
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from kvplug.attention.attend.cpu import Call
     from kvplug.attention.metadata import KvplugMetadata
     from kvplug.observe.observers import Observers
-    from kvplug.offload.hot_pool import HotPool, Turn
+    from kvplug.offload.hot_pool import HotPool
     from kvplug.page_table import PageTable
     from kvplug.pipeline import Plan
 
@@ -105,29 +104,31 @@ class KvplugImpl(CPUAttentionBackendImpl):
             self.hot, self.cache = hot, SingleHeadCache.of(hot.pages, scales)
 
     def _attend(
-        self, query: torch.Tensor, output: torch.Tensor, table: PageTable, calls: list[Call],
-        scales: tuple[float, float],
+        self, query: torch.Tensor, output: torch.Tensor, table: PageTable,
+        metadata: KvplugMetadata, scales: tuple[float, float],
     ) -> None:  # fmt: skip
         """Attends to the pages that the layer selected, in turns where they do not fit the pool."""
         if self.attend is None or self.cache is None:
             raise KvplugError("kvplug's attention layer was used before its cache was bound.")
         workspace, scaling = self._pipeline.workspace, (self.scale, self.logits_soft_cap, scales)
+        calls = metadata.calls
         if self._pipeline.stages.budget.varies:
             calls = self.attend.schedule(table.rows())
         if self.hot is None:
             self.attend(query, output, self.cache, calls, workspace, *scaling)
             return
-        for turn in self.hot.turns(table.table, table.seq_lens, workspace):
-            mine, part = self._turn(turn, table, calls)
+        if self.hot.links is not None:
+            self.hot.links.follow(table.step)
+        rows = table.host, table.seq_lens_host, table.slots_host
+        shares = table.shares if self._pipeline.keeps_shares else None
+        for first, last in self.hot.turns(*rows, metadata.written(self.hot.page), shares):
+            if last - first == len(table.query_start) - 1:
+                part = self.attend.over(calls, table.slots)
+                self.attend(query, output, self.cache, part, workspace, *scaling)
+                return
+            mine = slice(int(table.query_start[first]), int(table.query_start[last]))
+            part = self.attend.schedule(table.rows(first, last, table.slots))
             self.attend(query[mine], output[mine], self.cache, part, workspace, *scaling)
-
-    def _turn(self, turn: Turn, table: PageTable, calls: list[Call]) -> tuple[slice, list[Call]]:
-        """The tokens of a turn, and the kernel calls over its slots."""
-        assert self.attend is not None
-        mine = slice(int(table.query_start[turn.first]), int(table.query_start[turn.last]))
-        if mine == slice(0, int(table.query_start[-1])):
-            return mine, self.attend.over(calls, turn.slots)
-        return mine, self.attend.schedule(table.rows(turn.first, turn.last, turn.slots))
 
     def forward(
         self,
@@ -143,8 +144,6 @@ class KvplugImpl(CPUAttentionBackendImpl):
     ) -> torch.Tensor:
         """Attends; see :meth:`CPUAttentionBackendImpl.forward` for shapes."""
         plan = None if attn_metadata is None or self.is_dense else attn_metadata.plan
-        if self.hot is not None and attn_metadata is not None:
-            self.hot.forget(attn_metadata.slot_mapping[: attn_metadata.num_actual_tokens])
         if plan is not None:
             assert attn_metadata is not None
             tokens = attn_metadata.num_actual_tokens
@@ -153,6 +152,8 @@ class KvplugImpl(CPUAttentionBackendImpl):
             tokens = attn_metadata.num_actual_tokens
             self._pipeline.pass_by(self.stages, query[:tokens], key[:tokens])
         if plan is None or plan.table is None:
+            if self.hot is not None and attn_metadata is not None:
+                self.hot.rewrite(attn_metadata.written(self.hot.page))
             return super().forward(
                 layer, query, key, value, kv_cache, attn_metadata, output, output_scale,
                 output_block_scale,
@@ -161,7 +162,7 @@ class KvplugImpl(CPUAttentionBackendImpl):
         if self.observer is not None:
             self.observer(query[:tokens], plan)
         scales = (layer._k_scale_float, layer._v_scale_float)
-        self._attend(query[:tokens], output[:tokens], plan.table, attn_metadata.calls, scales)
+        self._attend(query[:tokens], output[:tokens], plan.table, attn_metadata, scales)
         if self.coarse is not None:
             self.coarse(query[:tokens], output[:tokens], plan, self._pipeline.workspace)
         return output

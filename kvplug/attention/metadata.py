@@ -17,6 +17,7 @@ from vllm.v1.attention.backends.cpu_attn import (
 
 from kvplug.attention.attend.cpu import Call, CpuAttend
 from kvplug.errors import KvplugError
+from kvplug.offload.written import Written
 from kvplug.pipeline import Pipeline, Plan
 from kvplug.row_counts import RowCounts
 from kvplug.selection import options_of
@@ -36,6 +37,13 @@ class KvplugMetadata(CPUAttentionMetadata):
     """The kernel's, over the plan's page table."""
     pipeline: Pipeline | None = None
     """Of the group."""
+    _written: Written | None = None
+
+    def written(self, page: int) -> Written:
+        """The pages of ``page`` tokens that the step writes to, found once."""
+        if self._written is None:
+            self._written = Written.of(self.slot_mapping[: self.num_actual_tokens], page)
+        return self._written
 
     def learn(self, hidden: torch.Tensor, tokens: torch.Tensor, model: Any) -> None:
         """Lets the recipe learn from the step's output, where it does.

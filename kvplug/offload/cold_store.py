@@ -187,16 +187,25 @@ def file_system(folder: Path) -> str:
     return kind
 
 
+def nameless_file(path: Path) -> int:
+    """A descriptor of a new file at ``path`` that is gone from there at once, whatever happens.
+
+    Raises:
+        OSError: It cannot be made.
+    """
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    path.unlink()
+    return fd
+
+
 def _reserve(folder: Path, rank: int, nbytes: int) -> int:
     """A file of ``nbytes`` without a name, whose space is reserved.
 
     Raises:
         KvplugError: There is no room, or the folder cannot be written to.
     """
-    path = folder / f"{rank}.{os.getpid()}.kvfile"
     try:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        path.unlink()
+        fd = nameless_file(folder / f"{rank}.{os.getpid()}.kvfile")
         try:
             os.posix_fallocate(fd, 0, nbytes)
         except OSError:

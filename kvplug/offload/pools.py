@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from kvplug.offload.hot_pool import HotPool, PoolCounts
+from kvplug.offload.counts import PoolCounts
+from kvplug.offload.hot_pool import HotPool
 
 
 class Pools:

@@ -10,6 +10,8 @@ from kvplug.errors import KvplugError
 from kvplug.selection import options_of
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from kvplug.config import KvplugConfig
     from kvplug.offload.hot_pool import HotPool
 
@@ -28,7 +30,8 @@ def adopt_offload(vllm_config: Any, config: KvplugConfig) -> None:
 
     offload, cache = config.offload, vllm_config.cache_config
     assert offload is not None
-    if make_stages(config.policy, config.options).always_dense:
+    stages = make_stages(config.policy, config.options)
+    if stages.always_dense:
         raise KvplugError(
             f"Policy {config.policy!r} attends to everything, so no part of its cache is cold: "
             f"leave out offload, or choose another policy."
@@ -37,6 +40,16 @@ def adopt_offload(vllm_config: Any, config: KvplugConfig) -> None:
         raise KvplugError(
             f"kvplug option offload.cold_gib={offload.cold_gib:g} must be at least "
             f"hot_gib={offload.hot_gib:g}: the cold store holds every page."
+        )
+    if offload.eviction == "event" and not stages.gives("events"):
+        raise KvplugError(
+            f"kvplug option offload.eviction='event' needs a segment stage, which policy "
+            f"{config.policy!r} has not: use 'lru', or policy 'emllm'."
+        )
+    if offload.eviction == "mass" and not stages.gives("logits"):
+        raise KvplugError(
+            f"kvplug option offload.eviction='mass' needs scores on the scale of attention logits, "
+            f"which policy {config.policy!r} does not give: use 'lru'."
         )
     _check_pool(vllm_config, config)
     nbytes = int(offload.cold_gib * GIB)
@@ -79,19 +92,34 @@ def check_slots(
     Raises:
         KvplugError: Fewer than one window needs.
     """
-    from kvplug.offload.hot_pool import least_slots, slots_for
-    from kvplug.pipeline import region_sizes
+    from kvplug.offload.hot_pool import slots_for
 
     assert config.offload is not None
     slots = slots_for(config.offload.hot_gib, num_layers, page_bytes)
-    least = least_slots(region_sizes(config, page).max_pages_per_row(), num_kv_heads)
-    if slots < least:
-        needed = math.ceil(least * page_bytes * num_layers / GIB * 1e4) / 1e4
+    sizes = page, num_kv_heads, num_layers, page_bytes
+    if slots * num_layers * page_bytes < least_hot_bytes(config, *sizes):
+        needed = least_hot_gib(config, *sizes)
         raise KvplugError(
             f"kvplug option offload.hot_gib={config.offload.hot_gib:g} is too small: one window's "
             f"pages in {num_layers} layers take {needed:.4f} GiB."
         )
     return slots
+
+
+def least_hot_bytes(
+    config: KvplugConfig, page: int, num_kv_heads: int, num_layers: int, page_bytes: int
+) -> int:
+    """Bytes of one window's pages in every layer; see :func:`check_slots`."""
+    from kvplug.offload.hot_pool import least_slots
+    from kvplug.pipeline import region_sizes
+
+    least = least_slots(region_sizes(config, page).max_pages_per_row(), num_kv_heads)
+    return least * num_layers * page_bytes
+
+
+def least_hot_gib(config: KvplugConfig, *sizes: int) -> float:
+    """The least ``hot_gib``, rounded up to four digits; arguments as of the above."""
+    return math.ceil(least_hot_bytes(config, *sizes) / GIB * 1e4) / 1e4
 
 
 def make_pools(vllm_config: Any, layers: dict[int, Any]) -> dict[int, HotPool]:
@@ -102,11 +130,15 @@ def make_pools(vllm_config: Any, layers: dict[int, Any]) -> dict[int, HotPool]:
     """
     from kvplug.compiled import same_threads, warming_up
     from kvplug.offload.cold_store import store_of
-    from kvplug.offload.hot_pool import HotPool, warm_up
+    from kvplug.offload.hot_pool import HotPool
+    from kvplug.offload.links import Links
+    from kvplug.offload.warm_up import warm_up
 
     config = options_of(vllm_config)
     if config.offload is None:
         return {}
+    by_links = config.offload.eviction == "event" or "events" in config.offload.prefetch
+    links: Links | None = None
     pools: dict[int, HotPool] = {}
     for number, layer in layers.items():
         store = store_of(layer.kv_cache)
@@ -120,10 +152,36 @@ def make_pools(vllm_config: Any, layers: dict[int, Any]) -> dict[int, HotPool]:
         pages, heads, page, width = layer.kv_cache.shape
         size = page * width * layer.kv_cache.dtype.itemsize
         slots = check_slots(config, page, heads, len(layers), size)
-        pools[number] = HotPool(layer.kv_cache, store, min(slots, pages * heads))
+        if by_links and links is None:
+            links = Links(pages)
+        pools[number] = HotPool(layer.kv_cache, store, min(slots, pages * heads), links)
+    if "next_layer" in config.offload.prefetch:
+        for number, pool in pools.items():
+            pool.next = _next_pool(pools, number)
     hot = sum(pool.nbytes() for pool in pools.values())
     logger.info(
         "kvplug offloads to %s: %.2f GiB of pages in %d layers, %.2f GiB of them hot.",
         config.offload.path or "host memory", config.offload.cold_gib, len(layers), hot / GIB,
     )  # fmt: skip
     return pools
+
+
+def find_events(pool: HotPool | None, common: Mapping[type, Any]) -> None:
+    """Tells a pool's links where events begin, where the recipe knows events.
+
+    Args:
+        pool: One that layers' stages are bound behind; None without offloading.
+        common: Memories that layers share, by class.
+    """
+    from kvplug.segment.base import EventStarts
+
+    if pool is not None and pool.links is not None:
+        pool.links.events = common.get(EventStarts)
+
+
+def _next_pool(pools: dict[int, HotPool], number: int) -> HotPool | None:
+    """The pool of the next layer, if it has as many pages and KV heads; a layer may be dense."""
+    mine, following = pools[number], pools.get(number + 1)
+    if following is None or following.num_entries != mine.num_entries:
+        return None
+    return following if following.num_kv_heads == mine.num_kv_heads else None

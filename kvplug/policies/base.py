@@ -50,7 +50,7 @@ class Stages:
             raise KvplugError("A recipe needs an index and a probe, or neither.")
         for stage in self.all():
             for feature, purpose in stage.needs.items():
-                if not self._gives(feature):
+                if not self.gives(feature):
                     raise KvplugError(
                         f"{stage.kind.capitalize()} {stage.name!r} needs {FEATURES[feature]} "
                         f"{purpose}, which none of the recipe's other stages gives."
@@ -60,14 +60,15 @@ class Stages:
                 f"Segment {self.segment.name!r} is of no use: none of the recipe's other stages "
                 f"needs events."
             )
-        if self.merge == "coarse" and not self._gives("means"):
+        if self.merge == "coarse" and not self.gives("means"):
             index = f"index {self.index.name!r}" if self.index else "a recipe without an index"
             raise KvplugError(
                 f"Merge 'coarse' needs {FEATURES['means']} to weigh pages by, which {index} does "
                 f"not give: choose index 'chunk_mean', or merge 'exact'."
             )
 
-    def _gives(self, feature: str) -> bool:
+    def gives(self, feature: str) -> bool:
+        """Whether any stage gives a feature of FEATURES."""
         return any(feature in stage.gives for stage in self.all())
 
     def all(self) -> list[Stage]:

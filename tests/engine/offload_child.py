@@ -2,8 +2,9 @@
 
 A spec holds ``offload`` (or null), ``model``, ``prompts``, ``blocks`` of the cache, ``seed``,
 ``steps`` before no more requests are sent, and ``fault``: the step from which on the disk cannot be
-read, until it has failed a request. Requests are sent, served together and aborted at random; every
-step checks the pools. The result has each prompt's answers, all of them.
+read, until it has failed a request; ``policy`` if not ``simhash``. Requests are sent, served
+together and aborted at random; every step checks the pools. The result has each prompt's answers,
+all of them.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ class Schedule:
     def __init__(self, spec: dict[str, Any]) -> None:
         from vllm import EngineArgs, LLMEngine
 
-        options = {"policy": "simhash", "budget": 256, "local": 128, "window": 128,
-                   "dense_below": 600, "offload": spec["offload"]}  # fmt: skip
+        options = {"policy": spec.get("policy", "simhash"), "budget": 256, "local": 128,
+                   "window": 128, "dense_below": 600, "offload": spec["offload"]}  # fmt: skip
         self.spec, self.draw = spec, random.Random(spec["seed"])
         self.engine = LLMEngine.from_engine_args(
             EngineArgs(

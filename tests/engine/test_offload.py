@@ -55,13 +55,15 @@ def truth(recall_model: str, prompts: list[list[int]]) -> dict[str, list[int]]:
     return {number: answers[0] for number, answers in result["answers"].items()}
 
 
-def offload(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return {**HOT, "path": str(tmp_path_factory.mktemp("cold"))}
+def offload(tmp_path_factory: pytest.TempPathFactory, **options: Any) -> dict[str, Any]:
+    return {**HOT, "path": str(tmp_path_factory.mktemp("cold")), **options}
 
 
-def test_a_random_schedule(recall_model, prompts, truth, tmp_path_factory):
+@pytest.mark.parametrize("prefetch", [[], ["last", "events", "next_layer"]], ids=["", "prefetch"])
+def test_a_random_schedule(recall_model, prompts, truth, tmp_path_factory, prefetch):
     result = served(
-        recall_model, prompts, offload=offload(tmp_path_factory), seed=2, steps=300
+        recall_model, prompts, offload=offload(tmp_path_factory, prefetch=prefetch), seed=2,
+        steps=300,
     )  # fmt: skip
     for number, answers in result["answers"].items():
         assert all(answer == truth[number] for answer in answers)
@@ -71,6 +73,9 @@ def test_a_random_schedule(recall_model, prompts, truth, tmp_path_factory):
     assert not result["failed"]
     assert result["free"] == BLOCKS - 1, "a block was leaked (one is vLLM's own)"
     assert all(pool["evictions"] > 100 for pool in result["pools"])
+    if prefetch:
+        assert result["pools"][0]["prefetched_events"] > 0
+        assert result["pools"][1]["prefetch_hits_next_layer"] > 0
 
 
 def test_a_failing_disk_fails_those_who_need_it(recall_model, prompts, truth, tmp_path_factory):

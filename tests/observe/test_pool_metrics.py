@@ -12,7 +12,7 @@ from prometheus_client import REGISTRY
 
 from kvplug.observe.pool_metrics import METRICS, pool_metrics
 from kvplug.observe.share import VARIABLE
-from kvplug.offload.hot_pool import PoolCounts
+from kvplug.offload.counts import PoolCounts
 from kvplug.offload.pools import Pools
 
 
@@ -36,6 +36,18 @@ def test_what_is_new_is_added() -> None:
     assert new["bytes_read"] == 2048
     assert new["stall_s"] == pytest.approx(0.5)
     assert new["evictions"] == 0
+
+
+def test_pages_read_ahead_are_told_by_kind() -> None:
+    def told(name: str, kind: str) -> float:
+        labels = {"tier": "disk", "kind": kind}
+        return REGISTRY.get_sample_value(f"kvplug:{name}_total", labels) or 0.0
+
+    metrics = pool_metrics("disk")
+    before = told("prefetched_pages", "events"), told("prefetch_hits", "events")
+    metrics.tell(PoolCounts(prefetched_events=5, prefetch_hits_events=3, prefetched_last=1))
+    assert told("prefetched_pages", "events") == before[0] + 5
+    assert told("prefetch_hits", "events") == before[1] + 3
 
 
 def test_layers_are_added_up() -> None:
