@@ -1,0 +1,118 @@
+"""Moves rotated queries and keys to other positions, by the model's own rotary table.
+
+A rotary embedding (Su et al. 2021, RoFormer, arXiv 2104.09864) multiplies each pair of dimensions
+by ``m (cos, -sin; sin, cos)`` of an angle that grows with the position. Such factors are inverted
+and composed within their pair, so what stands rotated in a cache can be moved: divided by its
+position's factor and multiplied by another's. Factors are read from the table that the model
+rotates by, so that scaled frequencies, a magnitude ``m`` (YaRN's) and the table's own rounding
+need no second derivation; divided by the table's own factor, even a rounded one leaves no trace.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+
+class Turn(NamedTuple):
+    """Factors from one position to another, for ``R / 2`` pairs of dimensions."""
+
+    cos: torch.Tensor
+    """``[..., R / 2]`` float, the factors' real parts."""
+    sin: torch.Tensor
+    """``[..., R / 2]``, their imaginary parts."""
+
+
+class Rotary:
+    """A rotary table, and which dimensions make a pair.
+
+    Args:
+        table: ``[positions, R]`` cosines, then sines, of ``R / 2`` pairs; any float type. Not
+            copied.
+        is_neox: Whether dimension ``i`` is paired with ``i + R / 2``; if not, ``2i`` with
+            ``2i + 1``. Dimensions from R on are not rotated.
+    """
+
+    def __init__(self, table: torch.Tensor, is_neox: bool) -> None:
+        """Holds its arguments."""
+        self.table, self.is_neox = table, is_neox
+        self.width = table.shape[1]
+        """R."""
+        half = self.width // 2
+        self._first = slice(0, half) if is_neox else slice(0, self.width, 2)
+        self._second = slice(half, self.width) if is_neox else slice(1, self.width, 2)
+
+    def factors(
+        self, positions: torch.Tensor, dtype: torch.dtype = torch.float32
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """``[..., R / 2]`` cosines and sines of positions ``[...]`` int64."""
+        found = self.table[positions].to(dtype)
+        cos, sin = found.chunk(2, dim=-1)
+        return cos, sin
+
+    def turn(
+        self, start: torch.Tensor, target: torch.Tensor, dtype: torch.dtype = torch.float32
+    ) -> Turn:
+        """What moves vectors from one position to another.
+
+        Args:
+            start: ``[...]`` int64, where they stand.
+            target: ``[...]`` or ``[]`` int64, where they shall.
+            dtype: Of the factors.
+        """
+        cos, sin = self.factors(start, dtype)
+        new_cos, new_sin = self.factors(target, dtype)
+        size = cos * cos + sin * sin
+        return Turn((new_cos * cos + new_sin * sin) / size, (new_sin * cos - new_cos * sin) / size)
+
+    def apply(self, vectors: torch.Tensor, turn: Turn) -> torch.Tensor:
+        """Moves vectors in place.
+
+        Args:
+            vectors: ``[..., D]`` of the factors' type; any strides.
+            turn: Factors that broadcast with ``[..., R / 2]``.
+
+        Returns:
+            ``vectors``.
+        """
+        first, second = vectors[..., self._first], vectors[..., self._second]
+        moved = first * turn.cos - second * turn.sin
+        second.mul_(turn.cos).addcmul_(first, turn.sin)
+        first.copy_(moved)
+        return vectors
+
+
+class PageNumbers:
+    """Where in its context every physical page stands.
+
+    A page that several requests share is the same page of each, for they share all that is before
+    it too.
+
+    Args:
+        num_pages: Physical pages of the cache.
+        page: Tokens per page, P.
+    """
+
+    def __init__(self, num_pages: int, page: int) -> None:
+        """Starts with zeros."""
+        self.page = page
+        self._numbers = torch.zeros(num_pages, dtype=torch.int64)
+        self._count = torch.arange(0)
+
+    def note(self, block_table: torch.Tensor, seq_lens: torch.Tensor) -> None:
+        """Notes the pages of a step's contexts.
+
+        Args:
+            block_table: ``[B, max_pages]`` int32 physical pages.
+            seq_lens: ``[B]`` tokens of each context.
+        """
+        if len(self._count) < block_table.shape[1]:
+            self._count = torch.arange(block_table.shape[1])
+        for pages, tokens in zip(block_table, seq_lens.tolist(), strict=True):
+            filled = -(-tokens // self.page)
+            self._numbers[pages[:filled].long()] = self._count[:filled]
+
+    def positions(self, pages: torch.Tensor) -> torch.Tensor:
+        """``[..., P]`` int64 positions of the tokens of physical pages ``[...]`` int64."""
+        return self._numbers[pages, None] * self.page + torch.arange(self.page)
