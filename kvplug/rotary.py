@@ -10,9 +10,12 @@ need no second derivation; divided by the table's own factor, even a rounded one
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+
+if TYPE_CHECKING:
+    from kvplug.page_reader import PageReader
 
 
 class Turn(NamedTuple):
@@ -116,3 +119,35 @@ class PageNumbers:
     def positions(self, pages: torch.Tensor) -> torch.Tensor:
         """``[..., P]`` int64 positions of the tokens of physical pages ``[...]`` int64."""
         return self._numbers[pages, None] * self.page + torch.arange(self.page)
+
+
+class FixedPositions(NamedTuple):
+    """Where a layer's queries and keys stand that are not near each other: at ``distance`` and 0.
+
+    InfLLM (Xiao et al. 2024, arXiv 2402.04617) scores and attends far keys so.
+    """
+
+    rotary: Rotary
+    """Of the layer."""
+    numbers: PageNumbers
+    """Of the engine's pages."""
+    distance: int
+    """Tokens between a query and every key that is as far from it or further."""
+
+    def move_queries(self, queries: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Moves ``[n, heads, D]`` float32 queries from ``[n]`` to ``distance``, in place."""
+        turn = self.rotary.turn(positions[:, None], torch.tensor(self.distance))
+        return self.rotary.apply(queries, turn)
+
+    def move_keys(self, keys: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Moves ``[n, heads, D]`` float32 keys from ``[n]`` to 0, in place."""
+        return self.rotary.apply(keys, self.rotary.turn(positions[:, None], torch.tensor(0)))
+
+    def reader(self, reader: PageReader, num_kv_heads: int) -> PageReader:
+        """Reads what ``reader`` reads of the cache, moved to 0."""
+
+        def move(rows: torch.Tensor, keys: torch.Tensor) -> None:
+            at = self.numbers.positions(rows // num_kv_heads)
+            self.rotary.apply(keys, self.rotary.turn(at, torch.tensor(0)))
+
+        return reader.with_change(move)

@@ -17,8 +17,9 @@ import numpy as np
 import torch
 
 from kvplug.config import KvplugConfig
+from kvplug.layer_stages import LayerStages
 from kvplug.page_reader import PageReader
-from kvplug.pipeline import LayerStages, Pipeline, Plan
+from kvplug.pipeline import Pipeline, Plan
 from kvplug.stage import Layer, LayerShape
 from kvplug.windows import Asked, Batch
 from tests.cases import PolicyCase

@@ -10,12 +10,11 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from vllm import _custom_ops as ops
 
 from kvplug.attention.attend.cpu import CpuAttend, SingleHeadCache
 from kvplug.attention.attend.fixed import FixedAttend
 from kvplug.pipeline import Plan
-from kvplug.rotary import PageNumbers, Rotary
+from kvplug.rotary import FixedPositions, PageNumbers, Rotary
 from kvplug.workspace import Workspace
 from tests.test_rewritten_attention import BATCHES, HEADS, Cache, Shape, filled, plan_of
 
@@ -126,7 +125,8 @@ def attended(
     assert values is not None
     assert plan.table is not None
     numbers = numbers_of(cache, batch, shape.page)
-    fixed = FixedAttend(keys, values, rotary, numbers, DISTANCE, shape.dim**-0.5, cap)
+    positions = FixedPositions(rotary, numbers, DISTANCE)
+    fixed = FixedAttend(keys, values, positions, shape.dim**-0.5, cap)
     output = torch.full_like(cache.queries, 7.0)
     fixed(cache.queries, output, plan.table, plan.table.table, moved(plan), Workspace())
     return output

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from kvplug.page_reader import PageReader
     from kvplug.page_table import PageTable
-    from kvplug.rotary import PageNumbers, Rotary
+    from kvplug.rotary import FixedPositions
     from kvplug.workspace import Workspace
 
 QUERIES = 256
@@ -68,21 +68,19 @@ class FixedAttend:
     Args:
         keys: Reads the layer's keys as ``[n, D, P]``, from wherever attention reads.
         values: Reads its values as ``[n, P, D]``.
-        rotary: Of the layer.
-        numbers: Where pages stand in their contexts.
-        distance: d.
+        positions: The layer's, with its ``d``.
         scale: Of the dot products.
         softcap: Cap of the logits, 0 for none.
     """
 
     def __init__(
-        self, keys: PageReader, values: PageReader, rotary: Rotary, numbers: PageNumbers,
-        distance: int, scale: float, softcap: float,
+        self, keys: PageReader, values: PageReader, positions: FixedPositions, scale: float,
+        softcap: float,
     ) -> None:  # fmt: skip
         """Holds its arguments."""
         self._keys, self._values = keys.transposed(), values
-        self._rotary, self._numbers = rotary, numbers
-        self._distance, self._scale, self._softcap = distance, scale, softcap
+        self._rotary, self._numbers, self._distance = positions
+        self._scale, self._softcap = scale, softcap
 
     def __call__(
         self, query: torch.Tensor, output: torch.Tensor, table: PageTable, pages: torch.Tensor,
@@ -141,7 +139,7 @@ class FixedAttend:
         near = query.float()
         turn = self._rotary.turn(asked[:, None, None], torch.tensor(self._distance))
         far = self._rotary.apply(near.clone(), turn)
-        mine = [q.permute(1, 0, 2, 3).flatten(1, 2) for q in (near, far)]  # [K, m * G, D]
+        near, far = (q.permute(1, 0, 2, 3).flatten(1, 2) for q in (near, far))  # [K, m * G, D]
         asked = asked.repeat_interleave(group)[:, None]
         page = positions.shape[1] // pages.shape[1]
         # Pages that are far from every query need no look at what is near.
@@ -155,7 +153,7 @@ class FixedAttend:
             values = self._values.read(block, workspace).view(shape)
             # What a page's unwritten end held before may be no number, and counts 0 times.
             values.masked_fill_((at > asked[-1])[:, :, None], 0)
-            logits = self._logits(*mine, keys, at, asked, end > mixed)
+            logits = self._logits(near, far, keys, at, asked, end > mixed)
             running = running.take_in(logits, values)
         found = running.output / running.total
         return found.unflatten(1, (count, group)).transpose(0, 1)
