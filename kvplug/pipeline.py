@@ -171,7 +171,7 @@ class Pipeline:
             return None
         query_start, seq_lens, is_prefilling, block_table, slots, asked = batch
         if self.numbers is not None:
-            self.numbers.note(torch.from_numpy(block_table), torch.from_numpy(seq_lens))
+            self.numbers.note(block_table, seq_lens)
         budgets = None if asked is None else asked.budgets
         if not self.watched and seq_lens.max() <= self.geometry.dense_below:
             return None

@@ -12,10 +12,22 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
 import torch
+from numba import njit, prange
+
+from kvplug.compiled import compiled
+from kvplug.numeric import bits_float
 
 if TYPE_CHECKING:
     from kvplug.page_reader import PageReader
+    from kvplug.windows import Ints
+
+
+LANES = 16
+"""Floats in a vector register, to estimate work."""
+ROWS = 32
+"""Vectors that one task moves."""
 
 
 class Turn(NamedTuple):
@@ -45,6 +57,10 @@ class Rotary:
         half = self.width // 2
         self._first = slice(0, half) if is_neox else slice(0, self.width, 2)
         self._second = slice(half, self.width) if is_neox else slice(1, self.width, 2)
+        # Compiled code knows no 16-bit floats but these.
+        table = table if table.dtype == torch.bfloat16 else table.float()
+        self._shift = 16 if table.dtype == torch.bfloat16 else 0
+        self._bits = table.view(torch.uint16 if self._shift else torch.uint32).numpy()
 
     def factors(
         self, positions: torch.Tensor, dtype: torch.dtype = torch.float32
@@ -85,6 +101,55 @@ class Rotary:
         first.copy_(moved)
         return vectors
 
+    def move(self, vectors: torch.Tensor, positions: torch.Tensor, target: int) -> torch.Tensor:
+        """Moves vectors to one position, in place: :meth:`apply` of :meth:`turn`, compiled.
+
+        Args:
+            vectors: ``[n, heads, D]`` float32, contiguous.
+            positions: ``[n]`` int64, where they stand.
+            target: Where they shall.
+
+        Returns:
+            ``vectors``.
+        """
+        cos, sin = self.factors(torch.tensor(target))
+        _move(
+            vectors.numel() // LANES, vectors.numpy(), positions.numpy(), self._bits, self._shift,
+            cos.numpy(), sin.numpy(), self.is_neox,
+        )  # fmt: skip
+        return vectors
+
+
+@compiled(fastmath={"contract"})
+def _move(  # type: ignore[no-untyped-def]
+    vectors, positions, table, shift, new_cos, new_sin, is_neox
+):
+    """See :meth:`Rotary.move`; ``table`` has float32 bits, but for the lowest ``shift``."""
+    count, heads, _ = vectors.shape
+    half = new_cos.shape[0]
+    for task in prange((count + ROWS - 1) // ROWS):
+        turn_cos, turn_sin = np.empty(half, np.float32), np.empty(half, np.float32)
+        for n in range(task * ROWS, min(count, (task + 1) * ROWS)):
+            factors = table[positions[n]]
+            for i in range(half):
+                cos = bits_float(np.uint32(np.uint32(factors[i]) << np.uint32(shift)))
+                sin = bits_float(np.uint32(np.uint32(factors[half + i]) << np.uint32(shift)))
+                size = np.float32(1) / (cos * cos + sin * sin)
+                turn_cos[i] = (new_cos[i] * cos + new_sin[i] * sin) * size
+                turn_sin[i] = (new_sin[i] * cos - new_cos[i] * sin) * size
+            for head in range(heads):
+                vector = vectors[n, head]
+                if is_neox:
+                    for i in range(half):
+                        first, second = vector[i], vector[half + i]
+                        vector[i] = first * turn_cos[i] - second * turn_sin[i]
+                        vector[half + i] = second * turn_cos[i] + first * turn_sin[i]
+                else:
+                    for i in range(half):
+                        first, second = vector[2 * i], vector[2 * i + 1]
+                        vector[2 * i] = first * turn_cos[i] - second * turn_sin[i]
+                        vector[2 * i + 1] = second * turn_cos[i] + first * turn_sin[i]
+
 
 class PageNumbers:
     """Where in its context every physical page stands.
@@ -101,24 +166,27 @@ class PageNumbers:
         """Starts with zeros."""
         self.page = page
         self._numbers = torch.zeros(num_pages, dtype=torch.int64)
-        self._count = torch.arange(0)
 
-    def note(self, block_table: torch.Tensor, seq_lens: torch.Tensor) -> None:
+    def note(self, block_table: Ints, seq_lens: Ints) -> None:
         """Notes the pages of a step's contexts.
 
         Args:
             block_table: ``[B, max_pages]`` int32 physical pages.
             seq_lens: ``[B]`` tokens of each context.
         """
-        if len(self._count) < block_table.shape[1]:
-            self._count = torch.arange(block_table.shape[1])
-        for pages, tokens in zip(block_table, seq_lens.tolist(), strict=True):
-            filled = -(-tokens // self.page)
-            self._numbers[pages[:filled].long()] = self._count[:filled]
+        _note(block_table, seq_lens, self.page, self._numbers.numpy())
 
     def positions(self, pages: torch.Tensor) -> torch.Tensor:
         """``[..., P]`` int64 positions of the tokens of physical pages ``[...]`` int64."""
         return self._numbers[pages, None] * self.page + torch.arange(self.page)
+
+
+@njit(cache=True)
+def _note(block_table, seq_lens, page, numbers):  # type: ignore[no-untyped-def]
+    """Numbers every page of each context."""
+    for row in range(seq_lens.shape[0]):
+        for n in range((seq_lens[row] + page - 1) // page):
+            numbers[block_table[row, n]] = n
 
 
 class FixedPositions(NamedTuple):
@@ -136,18 +204,20 @@ class FixedPositions(NamedTuple):
 
     def move_queries(self, queries: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Moves ``[n, heads, D]`` float32 queries from ``[n]`` to ``distance``, in place."""
-        turn = self.rotary.turn(positions[:, None], torch.tensor(self.distance))
-        return self.rotary.apply(queries, turn)
+        return self.rotary.move(queries, positions, self.distance)
 
     def move_keys(self, keys: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Moves ``[n, heads, D]`` float32 keys from ``[n]`` to 0, in place."""
-        return self.rotary.apply(keys, self.rotary.turn(positions[:, None], torch.tensor(0)))
+        return self.rotary.move(keys, positions, 0)
 
     def reader(self, reader: PageReader, num_kv_heads: int) -> PageReader:
         """Reads what ``reader`` reads of the cache, moved to 0."""
 
         def move(rows: torch.Tensor, keys: torch.Tensor) -> None:
             at = self.numbers.positions(rows // num_kv_heads)
-            self.rotary.apply(keys, self.rotary.turn(at, torch.tensor(0)))
+            if keys.is_contiguous():
+                self.rotary.move(keys.flatten(0, 1)[:, None], at.flatten(), 0)
+            else:
+                self.rotary.apply(keys, self.rotary.turn(at, torch.tensor(0)))
 
         return reader.with_change(move)

@@ -335,6 +335,8 @@ def warm_up(impl: Any, shape: Any) -> None:
     cache = torch.zeros((pages, shape.num_kv_heads, shape.page, 2 * shape.head_dim))
     reader = impl.attend.reader(SingleHeadCache.of(cache.to(impl.cache.keys.dtype)))
     pipeline.warm_up(shape._replace(num_pages=pages), reader)
+    if impl.fixed is not None:
+        impl.fixed.warm_up()
 
 
 def first_kv_head(vllm_config: Any, num_kv_heads: int) -> int:

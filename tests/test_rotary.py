@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -44,6 +45,19 @@ def test_a_moved_vector_is_one_that_was_rotated_there(
     torch.testing.assert_close(vectors, rotated(rotary, plain, target), rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("is_neox", [True, False], ids=["neox", "interleaved"])
+@pytest.mark.parametrize(("count", "heads", "width"), [(1, 1, 16), (33, 3, 6), (300, 2, 16)])
+def test_the_compiled_twin(
+    count: int, heads: int, width: int, is_neox: bool, dtype: torch.dtype
+) -> None:
+    rotary = rotary_of(width, is_neox=is_neox, magnitude=1.4, dtype=dtype)
+    vectors, at = torch.randn(count, heads, 16), torch.randint(300, (count,))
+    expected = rotary.apply(vectors.clone(), rotary.turn(at[:, None], torch.tensor(77)))
+    assert rotary.move(vectors, at, 77) is vectors
+    torch.testing.assert_close(vectors, expected, rtol=1e-6, atol=1e-6)
+
+
 def test_there_and_back() -> None:
     rotary = rotary_of(16, is_neox=True, magnitude=1.0, dtype=torch.bfloat16)
     vectors, at = torch.randn(5, 16), torch.arange(5) * 70
@@ -52,12 +66,15 @@ def test_there_and_back() -> None:
     torch.testing.assert_close(back, vectors, rtol=0, atol=1e-5)
 
 
+def note(numbers: PageNumbers, tables: list[list[int]], lengths: list[int]) -> None:
+    numbers.note(np.array(tables, np.int32), np.array(lengths, np.int32))
+
+
 def test_pages_are_numbered_by_their_contexts() -> None:
     numbers = PageNumbers(10, 4)
-    table = torch.tensor([[7, 2, 5, 0], [7, 3, 0, 0]], dtype=torch.int32)
-    numbers.note(table, torch.tensor([9, 8]))
+    note(numbers, [[7, 2, 5, 0], [7, 3, 0, 0]], [9, 8])
     assert numbers.positions(torch.tensor([7, 2, 5, 3]))[:, 0].tolist() == [0, 4, 8, 4]
-    numbers.note(torch.tensor([[5, 9]]), torch.tensor([5]))
+    note(numbers, [[5, 9]], [5])
     assert numbers.positions(torch.tensor([[5, 9]])).tolist() == [[[0, 1, 2, 3], [4, 5, 6, 7]]]
 
 
@@ -66,7 +83,7 @@ def test_a_reader_of_fixed_positions_gives_keys_at_zero(as_rows: bool) -> None:
     page, heads, dim = 4, 3, 16
     rotary = rotary_of(dim, is_neox=True, magnitude=1.0, dtype=torch.float32)
     numbers = PageNumbers(5, page)
-    numbers.note(torch.tensor([[3, 1, 4]]), torch.tensor([12]))
+    note(numbers, [[3, 1, 4]], [12])
     plain = torch.randn(3 * page, heads, dim)
     at = torch.arange(3 * page)
     keys = torch.stack([rotated(rotary, plain[:, h], at) for h in range(heads)], 1).float()

@@ -129,7 +129,8 @@ class KvplugImpl(CPUAttentionBackendImpl):
                 "kvplug cannot tell how this CPU's kernel packs them: choose another "
                 "--kv-cache-dtype, or positions 'orig'."
             )
-        return FixedAttend(keys, values, fixed, self.scale, self.logits_soft_cap)
+        rounds = self.attend.isa == "amx" and self.attend.dtype == torch.bfloat16
+        return FixedAttend(keys, values, fixed, self.scale, self.logits_soft_cap, rounds)
 
     def _attend(
         self, query: torch.Tensor, output: torch.Tensor, plan: Plan, calls: list[Call],

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from kvplug.windows import EVERYTHING
 from tests.cases import PolicyCase
 from tests.made_up import MAX_CONTEXT, Attended, Piece, World, quarter_turns
 
@@ -118,6 +119,20 @@ def test_which_windows_are_moved(policy: str, budget: int) -> None:
     tokens = {s: int(plan.step.windows.num_tokens[s]) for s in plan.moved}
     assert sum(tokens.values()) == 64 + 37 + 1 + 5 + 192 - 96
     assert made.plan([Piece(9, 0, 96, True)]) is None
+
+
+def test_a_dense_request_attends_to_everything_at_fixed_positions() -> None:
+    made = turned(PolicyCase("channels", {}))
+    made.asked = {2: EVERYTHING}
+    plan = made.plan(BATCH)
+    assert plan is not None
+    made.attend(BATCH, plan)
+    windows = plan.step.windows
+    [mine] = [s for s in range(len(windows)) if BATCH[windows.request[s]].request == 2]
+    assert mine in plan.moved
+    every = tuple(range(-(-BATCH[1].stop // PAGE)))
+    for head, entries in enumerate(made.rows(plan, mine)):
+        assert made.logical(2, head, entries) == every
 
 
 def test_a_context_within_the_distance_is_not_moved() -> None:

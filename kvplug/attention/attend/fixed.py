@@ -7,22 +7,25 @@ the query at position ``d``. That is how InfLLM (Xiao et al. 2024, arXiv 2402.04
 model that was trained on more than ``d`` positions then meets no distance that it does not know.
 
 One softmax over both kinds of logits, page by page with running maximum and sum (Milakov and
-Gimelshein 2018, arXiv 1805.02867), in float32.
+Gimelshein 2018, arXiv 1805.02867), in float32. Where vLLM's own kernel multiplies bfloat16 by AMX,
+products are of factors rounded to bfloat16 here too, as a model's own rotated keys are.
 """
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from kvplug.workspace import Workspace
+
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
     from kvplug.page_reader import PageReader
     from kvplug.page_table import PageTable
     from kvplug.rotary import FixedPositions
-    from kvplug.workspace import Workspace
 
 QUERIES = 256
 """Query tokens of a window that are attended at a time."""
@@ -71,16 +74,17 @@ class FixedAttend:
         positions: The layer's, with its ``d``.
         scale: Of the dot products.
         softcap: Cap of the logits, 0 for none.
+        rounds: Whether factors of products are rounded to bfloat16; for CPUs with AMX.
     """
 
     def __init__(
         self, keys: PageReader, values: PageReader, positions: FixedPositions, scale: float,
-        softcap: float,
+        softcap: float, rounds: bool = False,
     ) -> None:  # fmt: skip
         """Holds its arguments."""
         self._keys, self._values = keys.transposed(), values
         self._rotary, self._numbers, self._distance = positions
-        self._scale, self._softcap = scale, softcap
+        self._scale, self._softcap, self._rounds = scale, softcap, rounds
 
     def __call__(
         self, query: torch.Tensor, output: torch.Tensor, table: PageTable, pages: torch.Tensor,
@@ -97,29 +101,45 @@ class FixedAttend:
             windows: Which.
             workspace: Where keys and values are unpacked.
         """
+        with rounding(self._rounds):
+            for s in windows:
+                self._window(query, output, table, pages, int(s), workspace)
+
+    def warm_up(self) -> None:
+        """Compiles what a call needs, by reading the first page."""
+        page, workspace = torch.zeros(1, dtype=torch.int64), Workspace()
+        keys = self._keys.read(page, workspace)
+        self._values.read(page, workspace)
+        self._rotary.move(keys.transpose(0, 1).contiguous(), page.expand(keys.shape[1]), 0)
+
+    def _window(
+        self, query: torch.Tensor, output: torch.Tensor, table: PageTable, pages: torch.Tensor,
+        s: int, workspace: Workspace,
+    ) -> None:  # fmt: skip
+        """Window ``s`` of a call."""
         heads, found = table.num_kv_heads, table.step.windows
-        for s in windows:
-            rows = slice(s * heads, (s + 1) * heads)
-            lengths = -(-table.seq_lens[rows] // table.page)
-            # Heads of as many pages each are attended together where a window is one token.
-            together = int(found.num_tokens[s]) == 1 and bool((lengths == lengths[0]).all())
-            step = heads if together else 1
-            start, count = int(found.token_start[s]), int(found.num_tokens[s])
-            stop = int(found.context_end[s])
-            for head in range(0, heads, step):
-                filled, first = int(lengths[head]), s * heads + head
-                mine = slice(first, first + step)
-                entries = table.table[mine, :filled].long()
-                positions = self._numbers.positions(entries // heads).flatten(1)
-                for i in range(0, count, QUERIES):
-                    asked = torch.arange(i, min(i + QUERIES, count))
-                    part = query[start + asked].unflatten(1, (heads, -1))[:, head : head + step]
-                    attended = self._attend(
-                        part, asked + stop - count, pages[mine, :filled].long(), positions,
-                        workspace,
-                    )  # fmt: skip
-                    whole = output[start : start + count].unflatten(1, (heads, -1))
-                    whole[asked, head : head + step] = attended.to(output.dtype)
+        rows = slice(s * heads, (s + 1) * heads)
+        lengths = -(-table.seq_lens[rows] // table.page)
+        # Heads of as many pages each are attended together where a window is one token.
+        together = int(found.num_tokens[s]) == 1 and bool((lengths == lengths[0]).all())
+        step = heads if together else 1
+        start, count = int(found.token_start[s]), int(found.num_tokens[s])
+        stop = int(found.context_end[s])
+        for head in range(0, heads, step):
+            filled, first = int(lengths[head]), s * heads + head
+            mine = slice(first, first + step)
+            entries = table.table[mine, :filled].long()
+            positions = self._numbers.positions(entries // heads).flatten(1)
+            for i in range(0, count, QUERIES):
+                tokens = slice(start + i, start + min(i + QUERIES, count))
+                asked = torch.arange(tokens.start, tokens.stop) + (stop - count - start)
+                part, into = (
+                    each[tokens].unflatten(1, (heads, -1))[:, head : head + step]
+                    for each in (query, output)
+                )
+                into.copy_(
+                    self._attend(part, asked, pages[mine, :filled].long(), positions, workspace)
+                )
 
     def _attend(
         self, query: torch.Tensor, asked: torch.Tensor, pages: torch.Tensor,
@@ -136,9 +156,9 @@ class FixedAttend:
             workspace: Where keys and values are unpacked.
         """
         count, heads, group, dim = query.shape
-        near = query.float()
-        turn = self._rotary.turn(asked[:, None, None], torch.tensor(self._distance))
-        far = self._rotary.apply(near.clone(), turn)
+        near = query.float().contiguous()
+        far = near.clone()
+        self._rotary.move(far.flatten(1, 2), asked, self._distance)
         near, far = (q.permute(1, 0, 2, 3).flatten(1, 2) for q in (near, far))  # [K, m * G, D]
         asked = asked.repeat_interleave(group)[:, None]
         page = positions.shape[1] // pages.shape[1]
@@ -151,8 +171,11 @@ class FixedAttend:
             block, shape = pages[:, begin:end].flatten(), (heads, -1, dim)
             keys = self._keys.read(block, workspace).view(shape)
             values = self._values.read(block, workspace).view(shape)
-            # What a page's unwritten end held before may be no number, and counts 0 times.
-            values.masked_fill_((at > asked[-1])[:, :, None], 0)
+            if end > mixed:
+                # What a page's unwritten end held before may be no number, and counts 0 times.
+                unwritten = (at > asked[-1])[:, :, None]
+                keys.masked_fill_(unwritten, 0)
+                values.masked_fill_(unwritten, 0)
             logits = self._logits(near, far, keys, at, asked, end > mixed)
             running = running.take_in(logits, values)
         found = running.output / running.total
@@ -173,14 +196,29 @@ class FixedAttend:
             is_mixed: Whether any key is less than ``d`` behind a query.
         """
         products = torch.bmm(near, keys.mT) if is_mixed else None
-        keys = self._rotary.apply(keys, self._rotary.turn(at, torch.tensor(0)))
+        self._rotary.move(keys.view(-1, 1, keys.shape[2]), at.flatten(), 0)
         logits, at = torch.bmm(far, keys.mT), at[:, None]
         if products is not None:
-            logits = logits.where(at <= asked - self._distance, products)
+            logits = products.lerp_(logits, (at <= asked - self._distance).float())
         logits *= self._scale
         if self._softcap:
-            logits = self._softcap * torch.tanh(logits / self._softcap)
-        return logits.masked_fill_(at > asked, -torch.inf) if products is not None else logits
+            logits.div_(self._softcap).tanh_().mul_(self._softcap)
+        if products is not None:
+            logits.masked_fill_(at > asked, -torch.inf)
+        return logits
+
+
+@contextmanager
+def rounding(on: bool) -> Iterator[None]:
+    """While it lasts, products of float32 matrices may round their factors to bfloat16."""
+    setting = torch.backends.mkldnn.matmul
+    before = setting.fp32_precision
+    if on:
+        setting.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        setting.fp32_precision = before
 
 
 def _blocks(mixed: int, stop: int, size: int) -> list[tuple[int, int]]:
