@@ -65,8 +65,11 @@ class Rotary:
     def factors(
         self, positions: torch.Tensor, dtype: torch.dtype = torch.float32
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """``[..., R / 2]`` cosines and sines of positions ``[...]`` int64."""
-        found = self.table[positions].to(dtype)
+        """``[..., R / 2]`` cosines and sines of positions ``[...]`` int64.
+
+        Behind the table's end, where the unwritten tokens of a last page stand, they are its last.
+        """
+        found = self.table[positions.clamp(max=len(self.table) - 1)].to(dtype)
         cos, sin = found.chunk(2, dim=-1)
         return cos, sin
 
@@ -130,7 +133,7 @@ def _move(  # type: ignore[no-untyped-def]
     for task in prange((count + ROWS - 1) // ROWS):
         turn_cos, turn_sin = np.empty(half, np.float32), np.empty(half, np.float32)
         for n in range(task * ROWS, min(count, (task + 1) * ROWS)):
-            factors = table[positions[n]]
+            factors = table[min(positions[n], table.shape[0] - 1)]
             for i in range(half):
                 cos = bits_float(np.uint32(np.uint32(factors[i]) << np.uint32(shift)))
                 sin = bits_float(np.uint32(np.uint32(factors[half + i]) << np.uint32(shift)))

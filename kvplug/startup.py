@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from kvplug.config import KvplugConfig
     from kvplug.observe.observers import Observers
     from kvplug.policies.base import Stages
+    from kvplug.rotary import Rotary
 
 logger = logging.getLogger("vllm.kvplug")
 
@@ -261,6 +262,7 @@ def bind_layers(vllm_config: Any, model: Any) -> None:
             f"retrieve."
         )
     shapes = _shapes(vllm_config, retrieving)
+    rotaries: dict[int, Rotary] = {}  # by table: most models have one for all layers
     pools = make_pools(vllm_config, retrieving)
     observers = _observers(vllm_config, shapes)
     for number, shape in shapes.items():
@@ -272,6 +274,7 @@ def bind_layers(vllm_config: Any, model: Any) -> None:
                 model, layer, f"layer {number}", model_config.get_hidden_size(),
                 model_config.dtype, model_config.max_model_len,
             )  # fmt: skip
+            rotary = rotaries.setdefault(id(rotary.table), rotary)
         layer.impl.bind(layer.kv_cache, shape, scales, pools.get(number), observers, rotary)
     pipelines = {id(layer.impl.pipeline): number for number, layer in retrieving.items()}
     for number in pipelines.values():

@@ -58,6 +58,16 @@ def test_the_compiled_twin(
     torch.testing.assert_close(vectors, expected, rtol=1e-6, atol=1e-6)
 
 
+def test_behind_the_tables_end_stands_the_end() -> None:
+    """Unwritten tokens of a last page: whatever comes of them, memory behind it is not read."""
+    rotary = rotary_of(16, is_neox=True, magnitude=1.0, dtype=torch.float32)
+    vectors = torch.randn(2, 1, 16)
+    expected = rotary.move(vectors.clone(), torch.tensor([299, 299]), 3)
+    assert torch.equal(rotary.move(vectors.clone(), torch.tensor([300, 10**9]), 3), expected)
+    turn = rotary.turn(torch.tensor([300, 331]), torch.tensor(3))
+    assert torch.equal(turn.cos[0], rotary.turn(torch.tensor(299), torch.tensor(3)).cos)
+
+
 def test_there_and_back() -> None:
     rotary = rotary_of(16, is_neox=True, magnitude=1.0, dtype=torch.bfloat16)
     vectors, at = torch.randn(5, 16), torch.arange(5) * 70
