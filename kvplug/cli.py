@@ -66,6 +66,7 @@ def serve(
     window: Annotated[int | None, option("window")] = None,
     dense_below: Annotated[int | None, option("dense_below")] = None,
     dense_layers: Annotated[str | None, option("dense_layers")] = None,
+    positions: Annotated[str | None, option("positions")] = None,
     seed: Annotated[int | None, option("seed")] = None,
     options: Annotated[str | None, option("options")] = None,
     offload: Annotated[str | None, option("offload")] = None,
@@ -82,7 +83,8 @@ def serve(
     allow_endpoints()
     given = {
         "policy": policy, "budget": budget, "sink": sink, "local": local, "window": window,
-        "dense_below": dense_below, "seed": seed, "audit": audit, "trace": trace,
+        "dense_below": dense_below, "positions": positions, "seed": seed, "audit": audit,
+        "trace": trace,
         "dense_layers": None if dense_layers is None else parse_layers(dense_layers),
         "options": None if options is None else json_object(options, "--options"),
         "offload": None if offload is None else json_object(offload, "--offload"),

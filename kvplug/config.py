@@ -60,6 +60,9 @@ class KvplugConfig(BaseModel):
     dense_layers: Literal["auto"] | list[int] = Field(
         "auto", description="layers that stay dense: auto, or a list of layer numbers"
     )
+    positions: Literal["orig", "fixed"] = Field(
+        "orig", description="where attended keys stand: orig, or fixed at local tokens at most"
+    )
     seed: int = Field(0, ge=0, lt=2**32, description="seed of the hash planes")
     options: dict[str, Any] = Field(default_factory=dict, description="the recipe's own options")
     offload: OffloadConfig | None = Field(
@@ -117,6 +120,8 @@ class KvplugConfig(BaseModel):
         Raises:
             KvplugError: A listed layer does not exist.
         """
+        if self.dense_layers == "auto" and self.positions == "fixed":
+            return frozenset()  # a dense layer would meet distances that are not fixed
         if self.dense_layers == "auto":
             return frozenset(range(2) if num_layers >= DENSE_LAYERS_FROM else ())
         for layer in self.dense_layers:

@@ -9,6 +9,8 @@ down anywhere: it is found by writing known numbers (:mod:`kvplug.attention.atte
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from copy import copy
 from typing import NamedTuple
 
 import numpy as np
@@ -39,6 +41,10 @@ class Packing(NamedTuple):
     """``[P * D]`` int32 places of its values, token by token."""
 
 
+Change = Callable[[torch.Tensor, torch.Tensor], None]
+"""Told the rows ``[n]`` that were read, changes what was read of them, ``[n, P, D]``, in place."""
+
+
 class PageReader:
     """Copies pages out of a cache as float32.
 
@@ -66,13 +72,23 @@ class PageReader:
             self._numbers = (codes.float() * scale).numpy()
         self._bits = pages.view(BITS[pages.dtype]).numpy()
         self._places, self._name = places, f"reader.{name}"
+        self._change: Change | None = None
+        self._is_transposed = False
 
     def transposed(self) -> PageReader:
         """Reads the same numbers as ``[n, B, A]``."""
         first, second = self._shape
         places = np.ascontiguousarray(self._places.reshape(first, second).T).ravel()
         name = f"{self._name.removeprefix('reader.')}.transposed"
-        return PageReader(self._pages, places, (second, first), name, self._scale)
+        other = PageReader(self._pages, places, (second, first), name, self._scale)
+        other._change, other._is_transposed = self._change, not self._is_transposed
+        return other
+
+    def with_change(self, change: Change) -> PageReader:
+        """Reads keys, ``[n, D, P]`` unless transposed, and changes them."""
+        other = copy(self)
+        other._change = change
+        return other
 
     def read(self, rows: torch.Tensor, workspace: Workspace) -> torch.Tensor:
         """Copies pages of single heads.
@@ -100,6 +116,8 @@ class PageReader:
             half = workspace.take(f"{self._name}.half", (count, width), self._dtype)
             _read(work, self._bits, rows.numpy(), self._places, half.view(torch.uint16).numpy())
             found.view(count, width).copy_(half)
+        if self._change is not None:
+            self._change(rows, found if self._is_transposed else found.mT)
         return found
 
 

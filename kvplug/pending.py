@@ -19,8 +19,8 @@ from kvplug.step import Step
 from kvplug.windows import cut_windows
 
 if TYPE_CHECKING:
+    from kvplug.layer_stages import LayerStages
     from kvplug.pages import PageGeometry
-    from kvplug.pipeline import LayerStages
     from kvplug.windows import Batch
     from kvplug.workspace import Workspace
 
@@ -105,7 +105,9 @@ class PendingTokens:
             workspace: Where buffers live.
         """
         count = len(step.stream)
-        passage = Passage(self._queries[:count], self._keys[:count], step, workspace)
+        passage = Passage(
+            self._queries[:count], self._keys[:count], step, workspace, layer.fixed
+        )  # fmt: skip
         layer.watch(passage, slots[:count])
 
 

@@ -1,7 +1,7 @@
 """The pipeline: windows -> probe -> score -> budget -> select -> page table.
 
 The one place that strings it. One :class:`Pipeline` serves all layers of a model on one worker;
-one :class:`LayerStages` holds what works on a layer and what it remembers.
+one :class:`~kvplug.layer_stages.LayerStages` holds what works on a layer and what it remembers.
 """
 
 from __future__ import annotations
@@ -14,10 +14,12 @@ import torch
 
 from kvplug.config import KvplugConfig
 from kvplug.index.sealing import Seals
+from kvplug.layer_stages import LayerStages
 from kvplug.page_table import PageTable
 from kvplug.pages import PageGeometry
-from kvplug.pending import PendingSteps, PendingTokens
+from kvplug.pending import PendingSteps
 from kvplug.policies import make_stages
+from kvplug.rotary import FixedPositions, PageNumbers
 from kvplug.select.unranked import count_unranked
 from kvplug.selection_counts import SelectionCounts
 from kvplug.stage import Layer, LayerShape, Memory, Passage
@@ -26,17 +28,17 @@ from kvplug.windows import EVERYTHING, Batch, cut_windows
 from kvplug.workspace import Workspace
 
 if TYPE_CHECKING:
-    from kvplug.budget.base import Budget
-    from kvplug.index.base import PageIndex
     from kvplug.knobs import Knobs
     from kvplug.page_reader import PageReader
-    from kvplug.probe.base import Probe
+    from kvplug.rotary import Rotary
     from kvplug.segment.base import Segmenter
-    from kvplug.select.base import Select
-    from kvplug.windows import Ints
+    from kvplug.windows import Ints, Windows
 
 
 logger = logging.getLogger("vllm.kvplug")
+
+
+NONE = np.empty(0, np.int32)
 
 
 class Plan(NamedTuple):
@@ -46,51 +48,9 @@ class Plan(NamedTuple):
     slots: torch.Tensor
     """``[T]`` int64, where the step's keys go; negative ones are padding."""
     table: PageTable | None
-    """None: every window is dense, and the step is only watched."""
-
-
-class LayerStages:
-    """The stages as they work on one layer.
-
-    Args:
-        pipeline: Whose recipe.
-        layer: The layer.
-    """
-
-    def __init__(self, pipeline: Pipeline, layer: Layer) -> None:
-        """Binds every stage."""
-        stages = pipeline.stages
-        assert stages.index is not None
-        assert stages.probe is not None
-        self.segmenter: Segmenter | None = None
-        if stages.segment is not None:
-            self.segmenter = stages.segment.for_layer(layer)
-        self.index: PageIndex = stages.index.for_layer(layer)
-        self.probe: Probe = stages.probe.for_layer(layer)
-        self.budget: Budget = stages.budget.for_layer(layer)
-        self.select: Select = stages.select.for_layer(layer)
-        self.memories: list[Memory] = [*layer.memories.values(), self.index]
-        self.watchers = [m for m in self.memories if type(m).watch is not Memory.watch]
-        self.beginners = [m for m in self.memories if type(m).begin is not Memory.begin]
-        self.sealers = [m for m in self.memories if type(m).seal is not Memory.seal]
-        self.forgetters = [m for m in self.memories if type(m).forget is not Memory.forget]
-        self.pending = PendingTokens(layer.shape) if self.watchers else None
-
-    def watch(self, passage: Passage, slots: torch.Tensor) -> None:
-        """Shows a step to every memory that learns from it, after it forgot what it replaces.
-
-        Args:
-            passage: The step, as it passes through the layer.
-            slots: ``[T]`` where its keys went.
-        """
-        for memory in self.forgetters:
-            memory.forget(slots)
-        for memory in self.watchers:
-            memory.watch(passage)
-
-    def nbytes(self) -> float:
-        """Bytes that the layer's memories take when every page is in use."""
-        return sum(memory.nbytes() for memory in self.memories)
+    """None: every window takes the stock path, and the step is only watched."""
+    moved: Ints = NONE
+    """Windows that are attended at fixed positions."""
 
 
 class Pipeline:
@@ -121,6 +81,8 @@ class Pipeline:
         self.waiting: slice | None = None
         """Places of the step's tokens among those that wait; None if they do not."""
         self.segmenter: Segmenter | None = None
+        self.numbers: PageNumbers | None = None
+        """Where pages stand, where positions are fixed and there is a layer."""
         self.watched = False
         self.trace: Any = None
         """Told whose rows a step's are, where requests are traced (:mod:`kvplug.observe.trace`)."""
@@ -145,13 +107,31 @@ class Pipeline:
         self.geometry = region_sizes(config, self.geometry.page)
         self.config = config
 
-    def make_layer(self, shape: LayerShape, reader: PageReader | None) -> LayerStages | None:
-        """A layer's stages, or None where the recipe retrieves nothing."""
+    def fix(self, rotary: Rotary, num_pages: int) -> FixedPositions:
+        """Where queries and keys of a layer stand that are far from each other.
+
+        Args:
+            rotary: Of the layer.
+            num_pages: Physical pages of its cache, as of every layer's.
+        """
+        self.numbers = self.numbers or PageNumbers(num_pages, self.geometry.page)
+        return FixedPositions(rotary, self.numbers, self.geometry.local)
+
+    def make_layer(
+        self, shape: LayerShape, reader: PageReader | None, fixed: FixedPositions | None = None
+    ) -> LayerStages | None:
+        """A layer's stages, or None where the recipe retrieves nothing.
+
+        Args:
+            shape: The layer's geometry.
+            reader: Reads its keys; None where that cannot be done.
+            fixed: From :meth:`fix`; None for original positions.
+        """
         self.num_layers += 1
         if self.stages.index is None:
             return None
         known = set(self.common)
-        layer = LayerStages(self, Layer(shape, self.common, reader))
+        layer = LayerStages(self.stages, Layer(shape, self.common, reader, fixed), fixed)
         # The first layer that asks for a shared memory feeds it.
         new = [memory for kind, memory in self.common.items() if kind not in known]
         layer.forgetters += [m for m in new if type(m).forget is not Memory.forget]
@@ -194,13 +174,16 @@ class Pipeline:
         if self.watched and self._can_wait(batch):
             return None
         query_start, seq_lens, is_prefilling, block_table, slots, asked, counts = batch
+        if self.numbers is not None:
+            self.numbers.note(block_table, seq_lens)
         budgets = None if asked is None else asked.budgets
         if not self.watched and seq_lens.max() <= self.geometry.dense_below:
             return None
         cut = (query_start, seq_lens, is_prefilling, self.geometry)
         windows = cut_windows(*cut, budgets=budgets)
-        is_sparse = bool(windows.sparse.any())
-        if not is_sparse and not self.watched:
+        moved = self._moved(windows)
+        has_table = bool(windows.sparse.any()) or len(moved) > 0
+        if not has_table and not self.watched:
             return None
         stream = cut_windows(*cut, merge=False, budgets=budgets) if self.watched else None
         pages = torch.from_numpy(block_table)
@@ -210,10 +193,20 @@ class Pipeline:
         if self.segmenter is not None and seq_lens.max() > geometry.dense_below:
             self.segmenter.prepare(step)
         new = torch.from_numpy(slots[: query_start[-1]])
-        if not is_sparse:
+        if not has_table:
             return Plan(step, new, None)
         table = PageTable(step, geometry, self.num_kv_heads, self.workspace)
-        return Plan(step, new, table)
+        return Plan(step, new, table, moved)
+
+    def _moved(self, windows: Windows) -> Ints:
+        """Windows that the stock path does not serve: some key is further away than it may be.
+
+        Whether they select pages has no say in it, so that a larger budget moves nothing.
+        """
+        if self.config.positions == "orig":
+            return NONE
+        stock = max(self.geometry.dense_below, self.geometry.local + 1)
+        return np.flatnonzero(windows.context_end > stock).astype(np.int32)
 
     def _widest(self, budgets: Ints, seq_lens: Ints) -> PageGeometry:
         """Sizes that rows of the step's page table need where requests have budgets of their own.
@@ -270,9 +263,9 @@ class Pipeline:
         """
         if layer is None:
             return
-        passage = Passage(queries, keys, plan.step, self.workspace)
+        passage = Passage(queries, keys, plan.step, self.workspace, layer.fixed)
         layer.watch(passage, plan.slots)
-        if plan.table is None:
+        if plan.table is None or not len(plan.step.sparse_windows):
             return
         sealed = self._sealed(plan.step)
         for memory in layer.beginners if len(sealed.begun) else ():

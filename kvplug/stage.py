@@ -20,6 +20,7 @@ from kvplug.workspace import Workspace
 
 if TYPE_CHECKING:
     from kvplug.page_reader import PageReader
+    from kvplug.rotary import FixedPositions
     from kvplug.step import Sealing, Step
 
 
@@ -66,32 +67,54 @@ class Passage:
         keys: ``[T, Hk, D]`` as they went into the cache, any float dtype.
         step: ``step.stream`` has every window, dense ones included, in order.
         workspace: Where buffers live.
+        fixed: Where queries and keys are moved to before anyone sees them; None leaves them.
     """
 
     def __init__(
-        self, queries: torch.Tensor, keys: torch.Tensor, step: Step, workspace: Workspace
+        self,
+        queries: torch.Tensor,
+        keys: torch.Tensor,
+        step: Step,
+        workspace: Workspace,
+        fixed: FixedPositions | None = None,
     ) -> None:
         """Holds its arguments."""
         self.step, self.workspace = step, workspace
-        self._queries, self._keys = queries, keys
+        self._queries, self._keys, self._fixed = queries, keys, fixed
 
     @cached_property
     def queries(self) -> torch.Tensor:
         """``[T, H, D]`` float32, converted when they are first asked for."""
-        return as_float(self._queries, self.workspace, "queries")
+        if self._fixed is None:
+            return as_float(self._queries, self.workspace, "queries")
+        queries = self.workspace.take("queries", tuple(self._queries.shape), torch.float32)
+        return self._fixed.move_queries(queries.copy_(self._queries), self.step.positions)
 
     @cached_property
     def keys(self) -> torch.Tensor:
         """``[T, Hk, D]`` float32, likewise."""
-        return as_float(self._keys, self.workspace, "keys")
+        if self._fixed is None:
+            return as_float(self._keys, self.workspace, "keys")
+        keys = self.workspace.take("keys", tuple(self._keys.shape), torch.float32)
+        return self._fixed.move_keys(keys.copy_(self._keys), self.step.positions)
 
     def queries_at(self, tokens: torch.Tensor) -> torch.Tensor:
         """``[n, H, D]`` float32 queries of some tokens, without converting all of them."""
+        queries = self.cached_queries_at(tokens)
+        if self._fixed is None:
+            return queries
+        return self._fixed.move_queries(queries, self.step.positions[tokens])
+
+    def cached_queries_at(self, tokens: torch.Tensor) -> torch.Tensor:
+        """The same, never moved: they go with :attr:`Layer.cached_reader`."""
         return self._queries[tokens].float()
 
     def keys_at(self, tokens: torch.Tensor) -> torch.Tensor:
         """``[n, Hk, D]`` float32 keys of some tokens."""
-        return self._keys[tokens].float()
+        keys = self._keys[tokens].float()
+        if self._fixed is None:
+            return keys
+        return self._fixed.move_keys(keys, self.step.positions[tokens])
 
 
 def as_float(vectors: torch.Tensor, workspace: Workspace, name: str) -> torch.Tensor:
@@ -183,16 +206,21 @@ class Layer:
         shape: Geometry.
         common: Memories that all layers of the model share, by class.
         reader: Reads keys back from the cache; None where its packing is not known.
+        fixed: Where stages see queries and keys; None for where they are.
     """
 
     def __init__(
-        self, shape: LayerShape, common: dict[type, Memory], reader: PageReader | None
+        self,
+        shape: LayerShape,
+        common: dict[type, Memory],
+        reader: PageReader | None,
+        fixed: FixedPositions | None = None,
     ) -> None:
         """Starts without memories."""
         self.shape = shape
         self.memories: dict[type, Memory] = {}
         self._common = common
-        self._reader = reader
+        self._reader, self._fixed = reader, fixed
 
     def own(self, kind: type[M]) -> M:
         """The layer's memory of this class, made on first use."""
@@ -212,7 +240,19 @@ class Layer:
 
     @property
     def reader(self) -> PageReader:
-        """Reads keys back from the cache, ``[n, D, P]``.
+        """Reads keys back from the cache, ``[n, D, P]``, as stages see them.
+
+        Raises:
+            KvplugError: It cannot be read.
+        """
+        reader = self.cached_reader
+        return (
+            reader if self._fixed is None else self._fixed.reader(reader, self.shape.num_kv_heads)
+        )
+
+    @property
+    def cached_reader(self) -> PageReader:
+        """Reads keys where they stand in their contexts; for neighbours that need distances.
 
         Raises:
             KvplugError: It cannot be read.

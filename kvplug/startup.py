@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from kvplug.config import KvplugConfig
     from kvplug.observe.observers import Observers
     from kvplug.policies.base import Stages
+    from kvplug.rotary import Rotary
 
 logger = logging.getLogger("vllm.kvplug")
 
@@ -54,6 +55,8 @@ def adopt(vllm_config: Any) -> None:
     _check_combination(vllm_config, config.window)
     _check_stages(stages, vllm_config)
     _check_observing(config, stages)
+    if config.positions == "fixed":
+        _check_positions(config, stages, vllm_config.model_config)
     config.resolve_dense_layers(vllm_config.model_config.get_total_num_hidden_layers())
     cache.block_size = page
     if not vllm_config.parallel_config.worker_extension_cls:
@@ -197,11 +200,36 @@ def _check_observing(config: KvplugConfig, stages: Stages) -> None:
             )
 
 
-def bind_layers(vllm_config: Any) -> None:
-    """Gives every layer its cache and index, and checks that kvplug is live where it should be.
+def _check_positions(config: KvplugConfig, stages: Stages, model: Any) -> None:
+    """Refuses fixed positions beside what attends to or measures keys where they stand.
 
     Raises:
-        KvplugError: A decoder layer runs another backend.
+        KvplugError: With the reason.
+    """
+    refusals = {
+        f"policy {config.policy!r}, which takes vLLM's own path": stages.always_dense,
+        "merge 'coarse', which weighs pages by keys where they stand": stages.merge == "coarse",
+        "dense_layers, which take vLLM's own path": config.dense_layers not in ("auto", []),
+        "audit, which measures attention to keys where they stand": bool(config.audit),
+        "trace, which measures attention to keys where they stand": config.trace is not None,
+        f"budget {stages.budget.name!r}, which measures attention to keys where they stand":
+            stages.budget.audits,
+        "a model whose positions have several dimensions (M-RoPE)": model.uses_mrope,
+    }  # fmt: skip
+    for what, present in refusals.items():
+        if present:
+            raise KvplugError(f"kvplug option positions='fixed' does not go with {what}.")
+
+
+def bind_layers(vllm_config: Any, model: Any) -> None:
+    """Gives every layer its cache and index, and checks that kvplug is live where it should be.
+
+    Args:
+        vllm_config: The engine's.
+        model: This worker's part of the model.
+
+    Raises:
+        KvplugError: A decoder layer runs another backend, or positions cannot be fixed.
     """
     if not is_selected(vllm_config):
         return
@@ -210,13 +238,14 @@ def bind_layers(vllm_config: Any) -> None:
     from vllm.model_executor.models.utils import extract_layer_index
 
     from kvplug.attention.impl import KvplugImpl
+    from kvplug.attention.rotary_of import rotary_of
     from kvplug.compiled import same_threads, warming_up
     from kvplug.observe.exporter import EXPORTER
     from kvplug.observe.selection_metrics import selection_metrics
 
     config = options_of(vllm_config)
-    model = vllm_config.model_config
-    dense = config.resolve_dense_layers(model.get_total_num_hidden_layers())
+    model_config = vllm_config.model_config
+    dense = config.resolve_dense_layers(model_config.get_total_num_hidden_layers())
     layers = get_layers_from_vllm_config(vllm_config, Attention)
     retrieving = {}
     for name, layer in layers.items():
@@ -230,15 +259,24 @@ def bind_layers(vllm_config: Any) -> None:
             retrieving[extract_layer_index(name)] = layer
     if all(layer.impl.sliding_window != -1 for layer in layers.values()):
         raise KvplugError(
-            f"Every layer of {model.model} has a sliding window, so there is nothing to retrieve."
+            f"Every layer of {model_config.model} has a sliding window, so there is nothing to "
+            f"retrieve."
         )
     shapes = _shapes(vllm_config, retrieving)
+    rotaries: dict[int, Rotary] = {}  # by table: most models have one for all layers
     pools = make_pools(vllm_config, retrieving)
     observers = _observers(vllm_config, shapes)
     for number, shape in shapes.items():
         layer = retrieving[number]
         scales = (layer._k_scale_float, layer._v_scale_float)
-        layer.impl.bind(layer.kv_cache, shape, scales, pools.get(number), observers)
+        rotary = None
+        if config.positions == "fixed":
+            rotary = rotary_of(
+                model, layer, f"layer {number}", model_config.get_hidden_size(),
+                model_config.dtype, model_config.max_model_len,
+            )  # fmt: skip
+            rotary = rotaries.setdefault(id(rotary.table), rotary)
+        layer.impl.bind(layer.kv_cache, shape, scales, pools.get(number), observers, rotary)
         find_events(pools.get(number), layer.impl.pipeline.common)
     pipelines = {id(layer.impl.pipeline): number for number, layer in retrieving.items()}
     for number in pipelines.values():
@@ -303,6 +341,8 @@ def warm_up(impl: Any, shape: Any) -> None:
     cache = torch.zeros((pages, shape.num_kv_heads, shape.page, 2 * shape.head_dim))
     reader = impl.attend.reader(SingleHeadCache.of(cache.to(impl.cache.keys.dtype)))
     pipeline.warm_up(shape._replace(num_pages=pages), reader)
+    if impl.fixed is not None:
+        impl.fixed.warm_up()
 
 
 def first_kv_head(vllm_config: Any, num_kv_heads: int) -> int:
@@ -325,10 +365,10 @@ def _report(vllm_config: Any, layers: dict[str, Any]) -> None:
     config = options_of(vllm_config)
     share = f"1/{kv_bytes / index_bytes:.0f} of" if index_bytes else "none, beside"
     logger.info(
-        "kvplug is live: policy %s, budget %d, sink %d, local %d, window %d, page %d; %d of %d "
-        "layers retrieve; index %.1f MiB, %s %.1f MiB of KV.",
+        "kvplug is live: policy %s, budget %d, sink %d, local %d, window %d, page %d, positions "
+        "%s; %d of %d layers retrieve; index %.1f MiB, %s %.1f MiB of KV.",
         config.policy, config.budget, config.sink, config.local, config.window,
-        vllm_config.cache_config.block_size,
+        vllm_config.cache_config.block_size, config.positions,
         sum(layer.impl.cache is not None for layer in layers.values()),
         len(layers), index_bytes / 2**20, share, kv_bytes / 2**20,
     )  # fmt: skip

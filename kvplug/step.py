@@ -107,6 +107,14 @@ class Step:
         return self.block_table.numpy()
 
     @cached_property
+    def positions(self) -> torch.Tensor:
+        """``[T]`` int64 positions of the step's tokens in their contexts."""
+        windows = self.windows
+        first = windows.context_end - windows.num_tokens - windows.token_start
+        shift = np.repeat(first.astype(np.int64), windows.num_tokens)
+        return torch.from_numpy(shift + np.arange(len(shift)))
+
+    @cached_property
     def sparse_windows(self) -> Ints:
         """``[W]`` numbers of the windows that select pages."""
         return np.flatnonzero(self.windows.sparse).astype(np.int32)

@@ -56,7 +56,8 @@ class Batch(NamedTuple):
 class Windows(NamedTuple):
     """The ``S`` windows of one step, in the order of their tokens; they cover every token once.
 
-    Adjacent dense windows of a request are one entry, which attends causally just as they would.
+    Adjacent dense windows of a request are one entry, which attends causally just as they would;
+    but none has windows on both sides of ``dense_below``.
     """
 
     request: Ints
@@ -133,7 +134,7 @@ def _cut(  # type: ignore[no-untyped-def]
             far_end = max(first + 1 - local, 0) // page
             num_far = max(far_end - sink_pages, 0)
             is_sparse = num_far > budget_pages and end > dense_below
-            if mergeable and not is_sparse:
+            if mergeable and not is_sparse and not first <= dense_below < end:
                 columns[2, count - 1] += length
                 columns[3, count - 1] = end
             else:

@@ -17,7 +17,7 @@ def _wrap(original: Callable[..., Any]) -> Callable[..., Any]:
 
         original(self, kv_cache_configs)
         with set_current_vllm_config(self.vllm_config):
-            bind_layers(self.vllm_config)
+            bind_layers(self.vllm_config, self.worker.get_model())
 
     return initialize_from_config
 

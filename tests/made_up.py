@@ -17,8 +17,10 @@ import numpy as np
 import torch
 
 from kvplug.config import KvplugConfig
+from kvplug.layer_stages import LayerStages
 from kvplug.page_reader import PageReader
-from kvplug.pipeline import LayerStages, Pipeline, Plan
+from kvplug.pipeline import Pipeline, Plan
+from kvplug.rotary import Rotary
 from kvplug.row_counts import RowCounts
 from kvplug.stage import Layer, LayerShape
 from kvplug.windows import Asked, Batch
@@ -73,6 +75,13 @@ def layer_shape(**changed: Any) -> LayerShape:
     if "num_heads" not in changed:
         shape = shape._replace(num_heads=2 * shape.num_kv_heads)
     return shape
+
+
+def quarter_turns() -> Rotary:
+    """A rotary embedding without rounding: pair ``i`` turns by ``i`` quarters a token."""
+    quarters = torch.arange(MAX_CONTEXT)[:, None] * torch.arange(HEAD_DIM // 2)
+    cos = torch.tensor([1.0, 0.0, -1.0, 0.0])
+    return Rotary(torch.cat([cos[quarters % 4], cos[(quarters + 3) % 4]], 1), True)
 
 
 def reader_of(cache: torch.Tensor) -> PageReader:
@@ -130,7 +139,11 @@ class World:
             dense_below=config.dense_below,
         )  # fmt: skip
         self.cache = torch.zeros(self.num_pages * self.num_kv_heads, 1, self.page, HEAD_DIM)
-        self.layer: LayerStages | None = self.pipeline.make_layer(shape, reader_of(self.cache))
+        fixed = None
+        if config.positions == "fixed":
+            fixed = self.pipeline.fix(quarter_turns(), self.num_pages)
+        reader = reader_of(self.cache)
+        self.layer: LayerStages | None = self.pipeline.make_layer(shape, reader, fixed)
         dealer = torch.Generator().manual_seed(self.shuffle)
         self._free = (torch.randperm(self.num_pages - 1, generator=dealer) + 1).tolist()
         poison = torch.full((self.page, self.num_kv_heads, HEAD_DIM), 1e4)

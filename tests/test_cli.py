@@ -41,14 +41,14 @@ def test_serve_passes_flags_on(served: list[list[str]], monkeypatch: pytest.Monk
         monkeypatch, "serve", "some/model", "--budget", "512", "--policy", "simhash", "--port", "9",
         "--dense-below", "0", "--enforce-eager", "--dense-layers", "0,3", "--max-model-len=4096",
         "--options", '{"last": 2}', "--seed", "5", "--sink", "0", "--local", "64",
-        "--window", "128", "--additional-config", '{"other": 1}',
+        "--window", "128", "--positions", "fixed", "--additional-config", '{"other": 1}',
     )  # fmt: skip
     assert code == 0
     [arguments] = served
     assert arguments[:4] == ["serve", "some/model", "--attention-backend", "CUSTOM"]
     assert options_in(arguments) == {
         "policy": "simhash", "budget": 512, "sink": 0, "local": 64, "window": 128, "dense_below": 0,
-        "dense_layers": [0, 3], "seed": 5, "options": {"last": 2},
+        "dense_layers": [0, 3], "positions": "fixed", "seed": 5, "options": {"last": 2},
     }  # fmt: skip
     assert arguments[-4:] == ["--port", "9", "--enforce-eager", "--max-model-len=4096"]
     assert '"other": 1' in arguments[5]

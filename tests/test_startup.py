@@ -14,7 +14,7 @@ import pytest
 
 from kvplug.errors import KvplugError
 from kvplug.observe.worker import EXTENSION
-from kvplug.selection import BACKEND_PATH, is_selected
+from kvplug.selection import BACKEND_PATH, is_selected, options_of
 from kvplug.startup import _observers, adopt
 
 
@@ -98,6 +98,36 @@ def test_what_reads_whole_contexts_is_refused_beside_a_disk(
 
 def test_nothing_is_audited_where_everything_is_attended_to() -> None:
     assert "nothing to look at" in refusal(engine({"policy": "dense", "audit": 0.1}))
+
+
+@pytest.mark.parametrize(
+    ("options", "what"),
+    [
+        ({"policy": "dense"}, "policy 'dense'"),
+        ({"policy": "hcam", "options": {"merge": "coarse"}}, "merge 'coarse'"),
+        ({"dense_layers": [0]}, "dense_layers"),
+        ({"audit": 0.1}, "audit"),
+        ({"trace": "trace.jsonl"}, "trace"),
+        ({"options": {"budget": "recall"}}, "budget 'recall'"),
+    ],
+)
+def test_fixed_positions_are_refused_beside_original_ones(
+    options: dict[str, Any], what: str
+) -> None:
+    said = refusal(engine({"positions": "fixed", **options}, model_config__uses_mrope=False))
+    assert said.startswith("kvplug option positions='fixed' does not go with ")
+    assert what in said
+
+
+def test_fixed_positions_are_refused_where_positions_are_no_numbers() -> None:
+    config = engine({"positions": "fixed"}, model_config__uses_mrope=True)
+    assert "M-RoPE" in refusal(config)
+
+
+def test_fixed_positions_are_adopted_with_no_dense_layer() -> None:
+    config = engine({"positions": "fixed"}, model_config__uses_mrope=False)
+    adopt(config)
+    assert options_of(config).resolve_dense_layers(12) == frozenset()
 
 
 def test_a_trace_needs_a_folder(tmp_path: Path) -> None:

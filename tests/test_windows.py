@@ -27,7 +27,7 @@ class Cell(NamedTuple):
 
 
 def cells(geometry: PageGeometry, batch: list[Piece]) -> list[Cell]:
-    """Windows by their definition, adjacent dense ones of a request joined."""
+    """Windows by their definition; adjacent dense ones joined, but not across ``dense_below``."""
     joined: list[Cell] = []
     for piece in batch:
         size = geometry.window if piece.prefilling else 1
@@ -37,7 +37,9 @@ def cells(geometry: PageGeometry, batch: list[Piece]) -> list[Cell]:
             retrievable = local_page - geometry.sink_pages
             sparse = retrievable > geometry.budget_pages and stop > geometry.dense_below
             last = joined[-1] if joined else None
-            if last and last.request == piece.request and not sparse and not last.sparse:
+            crosses = bool(last and last.stop <= geometry.dense_below < stop)
+            joins = last and last.request == piece.request and not sparse and not last.sparse
+            if last and joins and not crosses:
                 joined[-1] = last._replace(stop=stop)
             else:
                 joined.append(Cell(piece.request, first, stop, sparse))

@@ -150,7 +150,7 @@ class SweepBench:
 
         Returns:
             ``mass`` and ``best_mass``, means over layers, and ``mass_by_layer``; None where no
-            window selects pages or the cache cannot be read.
+            window selects pages, the cache cannot be read or positions are fixed.
         """
         count = min(self.sweep.mass_questions, len(document.prompts))
         numbers = [int((i + 0.5) * len(document.prompts) / count) for i in range(count)]
@@ -167,7 +167,7 @@ class SweepBench:
         """One question's mean mass of each retrieving layer; empty where a layer has none."""
         prompt = document.prompts[number]
         readers = [layer.impl.attend.reader(layer.impl.cache) for layer in self.layers]
-        if None in readers:
+        if None in readers or any(layer.impl.fixed is not None for layer in self.layers):
             return []
         meters = []
         for layer, reader in zip(self.layers, readers, strict=True):

@@ -59,8 +59,10 @@ class SelectorMeter(MassMeter):
         """A meter of one attention layer.
 
         Raises:
-            KvplugError: Its cache cannot be read.
+            KvplugError: Its cache cannot be read, or keys are attended elsewhere than they stand.
         """
+        if impl.fixed is not None:
+            raise KvplugError("Selections are measured where positions are 'orig'.")
         reader = impl.attend.reader(impl.cache)
         values = impl.attend.value_reader(impl.cache)
         if reader is None or values is None:

@@ -47,7 +47,7 @@ class LocalMass(Memory):
         super().__init__(layer)
         shape = self.shape
         self.every = math.gcd(EVERY, shape.window)
-        self._reader = layer.reader
+        self._reader = layer.cached_reader
         self.mass = torch.zeros((shape.num_pages, shape.num_kv_heads, shape.page))
         """``[pages, Hk, P]`` float32: probabilities added over sampled queries and query heads."""
         self.seen = torch.zeros((shape.num_pages, shape.num_kv_heads), dtype=torch.int32)
@@ -99,7 +99,7 @@ class LocalMass(Memory):
         sampled = _sampled_tokens(
             order[:windows], stream.token_start, stream.num_tokens, stream.context_end, self.every
         )
-        queries = passage.queries_at(torch.from_numpy(sampled))
+        queries = passage.cached_queries_at(torch.from_numpy(sampled))
         _add_mass(
             queries.numel() * (pages * shape.page // windows + 1) // LANES, queries.numpy(),
             keys.view(heads, pages, shape.head_dim, shape.page).numpy(),

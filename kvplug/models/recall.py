@@ -37,6 +37,9 @@ from kvplug.models.tokenizer import END, SPECIALS, vocabulary
 LAGS = 4
 SLOTS = LAGS + 3  # current token, lags, output, constant
 OUTPUT, CONSTANT = LAGS + 1, LAGS + 2
+THETA = 1e15
+SHORT_THETA = 1e5
+"""Of the short recall model, whose slow pairs turn as a usual model's."""
 GEOMETRY = {
     "hidden_size": SLOTS * WIDTH,
     "intermediate_size": 64,
@@ -45,7 +48,7 @@ GEOMETRY = {
     "num_key_value_heads": 4,
     "head_dim": 128,
     "max_position_embeddings": 1_100_000,
-    "rope_theta": 1e15,
+    "rope_theta": THETA,
 }
 HEAD_DIM = 128
 GROUP = 2  # query heads of a KV head
@@ -85,25 +88,26 @@ def _copy(slot_from: int, weight: float) -> torch.Tensor:
     return matrix
 
 
-def lag_vector(lag: int) -> torch.Tensor:
+def lag_vector(lag: int, theta: float = THETA) -> torch.Tensor:
     """A constant whose product with the one of lag 0 peaks `lag` positions back, `[128]`.
 
     RoPE turns pair i, the dims i and i + 64, by `position * theta ** (-i / 64)`.
     """
-    angle = -lag * GEOMETRY["rope_theta"] ** (-torch.arange(PAIRS).double() / PAIRS)
+    angle = -lag * theta ** (-torch.arange(PAIRS).double() / PAIRS)
     size = torch.zeros(PAIRS, dtype=torch.float64)
     weights = torch.tensor(POSITION_WEIGHTS, dtype=torch.float64)
     size[: len(weights)] = (weights * math.sqrt(HEAD_DIM)).sqrt()
     return torch.cat([size * angle.cos(), size * angle.sin()]).float()
 
 
-def _lag_layer() -> dict[str, torch.Tensor]:
+def _lag_layer(theta: float) -> dict[str, torch.Tensor]:
     """Layer 0: KV head k writes the code of the token k + 1 back into slot k + 1."""
     gain = _norm_gain(2)
     constant = torch.zeros(SLOTS * WIDTH)
     constant[_slot(CONSTANT)] = 1 / (gain * WIDTH)
-    keys = [torch.outer(lag_vector(0), constant)] * LAGS
-    queries = [torch.outer(lag_vector(k // GROUP + 1), constant) for k in range(GROUP * LAGS)]
+    keys = [torch.outer(lag_vector(0, theta), constant)] * LAGS
+    lags = [lag_vector(k // GROUP + 1, theta) for k in range(GROUP * LAGS)]
+    queries = [torch.outer(lag, constant) for lag in lags]
     outputs = [_copy(k // GROUP + 1, 1 / (GROUP * gain)).T for k in range(GROUP * LAGS)]
     return {
         "q_proj": torch.cat(queries),
@@ -160,8 +164,12 @@ def _head(codes: torch.Tensor, tokens: list[str]) -> torch.Tensor:
     return head
 
 
-def recall_tensors() -> dict[str, torch.Tensor]:
-    """All weights of the recall model in float32, under `LlamaForCausalLM`'s names."""
+def recall_tensors(theta: float = THETA) -> dict[str, torch.Tensor]:
+    """All weights of a recall model in float32, under `LlamaForCausalLM`'s names.
+
+    Args:
+        theta: RoPE's base.
+    """
     tokens = vocabulary()
     codes = token_codes(len(tokens))
     embedding = torch.zeros(len(tokens), SLOTS * WIDTH)
@@ -173,7 +181,7 @@ def recall_tensors() -> dict[str, torch.Tensor]:
         "model.norm.weight": torch.ones(SLOTS * WIDTH),
         "lm_head.weight": _head(codes, tokens),
     }
-    for i, attention in enumerate((_lag_layer(), _match_layer())):
+    for i, attention in enumerate((_lag_layer(theta), _match_layer())):
         layer = f"model.layers.{i}"
         for name, weight in attention.items():
             tensors[f"{layer}.self_attn.{name}.weight"] = weight
@@ -185,17 +193,35 @@ def recall_tensors() -> dict[str, torch.Tensor]:
     return tensors
 
 
-def build_recall_model(directory: Path) -> Path:
-    """Writes the recall model with its tokenizer into `directory`, about 11 MB; no randomness.
+def build_recall_model(directory: Path, theta: float = THETA) -> Path:
+    """Writes a recall model with its tokenizer into `directory`, about 11 MB; no randomness.
+
+    Args:
+        directory: Made if it is not there.
+        theta: RoPE's base.
 
     Returns:
         `directory`.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    return write_checkpoint(directory, recall_tensors(), GEOMETRY)
+    geometry = {**GEOMETRY, "rope_theta": theta}
+    return write_checkpoint(directory, recall_tensors(theta), geometry)
 
 
 def recall_model_path() -> Path:
     """The recall model's folder in the cache, built on the first call."""
     version = recipe_version("checkpoint.py", "codes.py", "recall.py")
     return cached_model(f"recall-{version}", build_recall_model)
+
+
+def short_recall_model_path() -> Path:
+    """The short recall model's folder in the cache, built on the first call.
+
+    The same model, but the pairs that it compares tokens by turn by up to 0.0065 rad a token, so
+    that it finds what is some hundred tokens back and loses what is further away, as a model does
+    that was trained on short contexts. Positions that are fixed near the query bring it back.
+    """
+    version = recipe_version("checkpoint.py", "codes.py", "recall.py")
+    return cached_model(
+        f"short-recall-{version}", lambda directory: build_recall_model(directory, SHORT_THETA)
+    )

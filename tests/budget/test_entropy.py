@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from kvplug.budget.density import LayerDensity, density_reference
 from kvplug.budget.entropy import LEAST, share_out, share_out_reference
 from kvplug.errors import KvplugError
-from kvplug.pipeline import LayerStages, Pipeline, Plan
+from kvplug.layer_stages import LayerStages
+from kvplug.pipeline import Pipeline, Plan
 from kvplug.policies import check
 from tests.cases import PolicyCase
 from tests.made_up import Attended, Piece, World, layer_shape, reader_of

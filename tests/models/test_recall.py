@@ -10,16 +10,30 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from kvplug.models.documents import needle_prompt, random_tokens
-from kvplug.models.recall import build_recall_model
+from kvplug.models.recall import SHORT_THETA, build_recall_model
 
 
-@pytest.fixture(scope="module")
-def recall(tmp_path_factory: pytest.TempPathFactory) -> tuple[PreTrainedModel, Tokenizer]:
-    path: Path = build_recall_model(tmp_path_factory.mktemp("recall"))
+def loaded(path: Path) -> tuple[PreTrainedModel, Tokenizer]:
     model = AutoModelForCausalLM.from_pretrained(
         path, dtype=torch.bfloat16, attn_implementation="sdpa"
     )
     return model.eval(), AutoTokenizer.from_pretrained(path)
+
+
+@pytest.fixture(scope="module")
+def recall(tmp_path_factory: pytest.TempPathFactory) -> tuple[PreTrainedModel, Tokenizer]:
+    return loaded(build_recall_model(tmp_path_factory.mktemp("recall")))
+
+
+@pytest.mark.parametrize(("length", "knows"), [(400, True), (1000, False), (3000, False)])
+def test_the_short_model_knows_short_contexts(length: int, knows: bool, tmp_path: Path) -> None:
+    """Past some hundred tokens it says nothing of what it was asked."""
+    model, tokenizer = loaded(build_recall_model(tmp_path, SHORT_THETA))
+    prompt = needle_prompt(tokenizer, length, 0.1, seed=length)
+    output = model.generate(torch.tensor([prompt.token_ids]), max_new_tokens=4)[0]
+    answer = tokenizer.decode(output[length:])
+    first = prompt.expected.split()[0]
+    assert (first in answer) == knows
 
 
 @pytest.mark.parametrize("depth", [0.0, 0.5, 1.0])

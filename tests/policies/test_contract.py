@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from kvplug.config import KvplugConfig
-from kvplug.pipeline import LayerStages, Plan, sparse_context
+from kvplug.layer_stages import LayerStages
+from kvplug.pipeline import Plan, sparse_context
 from kvplug.policies import POLICIES, make_stages
 from kvplug.step import Sealing
 from kvplug.workspace import Workspace
