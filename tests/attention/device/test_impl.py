@@ -1,0 +1,57 @@
+"""The layer for CUDA attends to the pages that the pipeline on CPU selects, and to no others.
+
+Everything runs in Triton's interpreter on CPU tensors; vLLM's own kernel has a stand-in.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.attention.device.world import LAYOUTS, SMALL, Shape, World, stand_in
+from tests.made_up import Piece
+
+SHAPES = {
+    "g2": SMALL,
+    "g1": Shape(3, 1, 80, 32),
+    "g3": Shape(1, 3, 96, 32),
+    "g8": Shape(1, 8, 128, 16),
+}
+MIXED = [
+    Piece(0, 150, 1, False),
+    Piece(1, 128, 37, True),  # sparse windows, the last one of 5 tokens
+    Piece(2, 40, 1, False),  # dense
+    Piece(3, 32, 70, True),  # dense, then sparse
+    Piece(4, 201, 1, False),
+]
+ROUNDING = 2.0**-9
+"""Float16 outputs of about 1, sums of float16 products."""
+
+
+def close(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    return bool((found.double() - expected).abs().max() < 4 * ROUNDING)
+
+
+@pytest.mark.parametrize("policy", ["channels", "simhash", "streaming"])
+def test_a_mixed_step(policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Decoded tokens, sparse and dense windows in one step; vLLM's kernel has the dense ones."""
+    shape = SHAPES["g2"]
+    stock = stand_in(monkeypatch, shape)
+    world = World(policy, shape)
+    world.fill(MIXED)
+    found = world.step(MIXED)
+    assert close(found, world.expected(MIXED))
+    # The short request, and windows of the fourth: without a budget the second has far pages.
+    assert stock.tokens == [1 + (32 if policy == "streaming" else 64)]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", ["g1", "g3", "g8"])
+def test_decoding(name: str, layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In every layout that vLLM's cache can have."""
+    shape = SHAPES[name]
+    stand_in(monkeypatch, shape)
+    pieces = [Piece(0, 230, 1, False), Piece(1, 191, 1, False)]
+    world = World("channels", shape, layout)
+    world.fill(pieces)
+    assert close(world.step(pieces), world.expected(pieces))
