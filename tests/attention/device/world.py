@@ -29,8 +29,6 @@ from tests.made_up import Piece
 LONGEST = 260
 DTYPE = torch.float16
 """Triton's interpreter cuts bfloat16 off where a GPU rounds."""
-LAYOUTS = ("LBHNC", "LBNHC", "BLNHC")
-"""Of vLLM's: head-major, token-major, and with every block's layers side by side."""
 OPTIONS = {"budget": 32, "sink": 16, "local": 32, "window": 32, "dense_below": 64}
 
 
@@ -63,7 +61,7 @@ class World:
     Args:
         policy: The recipe's name.
         shape: Sizes.
-        layout: A name of :data:`LAYOUTS`.
+        layout: vLLM's name of the cache's physical order.
         options: Beside :data:`OPTIONS`.
     """
 
@@ -76,9 +74,12 @@ class World:
         self.metadata: DeviceMetadata | None = None
         """Of the last step."""
         self.pages: dict[int, list[int]] = {}
+        self.content_of: dict[int, int] = {}
+        """Requests with the content of another."""
+        self._content: dict[int, Content] = {}
         self._free = (torch.randperm(shape.num_pages - 1) + 1).tolist()
         self.impl, self.builder = layer_of(shape, self.config)
-        geometry = LayerShape(
+        self.geometry = geometry = LayerShape(
             num_pages=shape.num_pages, num_kv_heads=shape.kv_heads, page=shape.page,
             head_dim=shape.dim, layer=1, first_kv_head=0, seed=0,
             num_heads=shape.kv_heads * shape.group, num_layers=1, rank=0,
@@ -95,7 +96,13 @@ class World:
         self.cpu_layer: LayerStages | None = self.on_cpu.make_layer(geometry, reader)
 
     def content(self, request: int) -> Content:
-        generator = torch.Generator().manual_seed(request)
+        """Of a request."""
+        if request not in self._content:
+            self._content[request] = self._made(request)
+        return self._content[request]
+
+    def _made(self, request: int) -> Content:
+        generator = torch.Generator().manual_seed(self.content_of.get(request, request))
         shape = self.shape
 
         def made(heads: int) -> torch.Tensor:
@@ -207,9 +214,8 @@ class World:
         for head in range(shape.kv_heads):
             tokens = torch.arange(position + 1)
             if pages is not None:
-                mine = self.pages[piece.request]
-                kept = [mine[t // shape.page] in pages[head] for t in tokens.tolist()]
-                tokens = tokens[torch.tensor(kept)]
+                mine = torch.tensor(self.pages[piece.request])[tokens // shape.page]
+                tokens = tokens[torch.isin(mine, torch.tensor(sorted(pages[head])))]
             heads = slice(head * shape.group, (head + 1) * shape.group)
             query = part.queries[position, heads].double()
             logits = query @ part.keys[tokens, head].double().T * self.impl.scale
