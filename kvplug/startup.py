@@ -55,6 +55,11 @@ def adopt(vllm_config: Any) -> None:
         from kvplug.attention.device.refusals import check_engine
 
         check_engine(vllm_config, config, stages, page)
+    elif stages.attend is not None:
+        raise KvplugError(
+            f"Option 'attend' {stages.attend!r} chooses a kernel on CUDA, and this is vLLM's CPU "
+            f"platform: leave it out."
+        )
     _check_combination(vllm_config, config.window)
     _check_stages(stages, vllm_config)
     _check_observing(config, stages)

@@ -8,6 +8,7 @@ import torch
 from vllm.v1.attention.backend import AttentionType
 from vllm.v1.attention.backends.triton_attn import TritonAttentionImpl
 
+from kvplug.attention.attend.flash import FlashAttend, vllm_function
 from kvplug.attention.attend.triton import TritonAttend, cache_of
 from kvplug.errors import KvplugError
 
@@ -42,7 +43,7 @@ class DeviceImpl(TritonAttentionImpl):
             if present:
                 raise KvplugError(f"kvplug cannot serve this model: it has {what}.")
         self.pipeline: DevicePipeline | None = None
-        self.attend: TritonAttend | None = None
+        self.attend: TritonAttend | FlashAttend | None = None
         self.stages: DeviceLayer | None = None
         self.cache: PagedCache | None = None
         self.hot: HotPool | None = None
@@ -55,10 +56,18 @@ class DeviceImpl(TritonAttentionImpl):
         return bool(self.sliding_window != (-1, -1))
 
     def adopt(self, pipeline: DevicePipeline) -> None:
-        """Takes the pipeline that the layer's group shares."""
+        """Takes the pipeline that the layer's group shares.
+
+        Raises:
+            KvplugError: vLLM has no FlashAttention for the layer, and it is asked for.
+        """
         self.pipeline = pipeline
-        window, cap = pipeline.geometry.window, float(self.logits_soft_cap)
-        self.attend = TritonAttend(window, self.scale, cap)
+        scaling = pipeline.geometry.window, self.scale, float(self.logits_soft_cap)
+        if pipeline.stages.attend == "flash":
+            function = vllm_function(self.head_size, bool(self.logits_soft_cap))
+            self.attend = FlashAttend(*scaling, function)
+        else:
+            self.attend = TritonAttend(*scaling)
 
     @property
     def retrieves(self) -> bool:

@@ -68,7 +68,8 @@ class DeviceLayer:
         """
         heads, geometry = self.shape.num_kv_heads, self.pipeline.geometry
         size = len(windows) * heads, row_width(geometry)
-        table = queries.new_empty(size, dtype=torch.int32)
+        # FlashAttention may look a page up behind a row's pages: it must be one.
+        table = queries.new_zeros(size, dtype=torch.int32)
         rows = PageRows(table, queries.new_empty(size[:1], dtype=torch.int32))
         step = self._windows_at_a_time(windows)
         for first in range(0, len(windows), step):

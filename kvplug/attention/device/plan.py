@@ -36,6 +36,10 @@ class SparseWindows(NamedTuple):
     """How many have one token."""
     most_far: int
     """Far pages of the window that has most of them, at least 1."""
+    tokens: torch.Tensor
+    """``[Ts]`` int32 places in the step of the tokens of the step's other windows."""
+    query_start: torch.Tensor
+    """``[n + 1]`` int32 first of these tokens of each such window, then Ts."""
     request: torch.Tensor
     """``[S]`` int32 row of the block table."""
     token_start: torch.Tensor
@@ -55,9 +59,9 @@ class SparseWindows(NamedTuple):
 
     def span(self, first: int, last: int) -> SparseWindows:
         """Windows ``first`` to ``last``, the latter not included."""
-        columns = (column[first:last] for column in self[2:])
+        columns = (column[first:last] for column in self[4:])
         singles = min(max(self.singles - first, 0), last - first)
-        return SparseWindows(singles, self.most_far, *columns)
+        return SparseWindows(singles, *self[1:4], *columns)
 
     def contexts(self, block_table: torch.Tensor, page: int) -> Contexts:
         """Where the regions of the windows' contexts lie.
@@ -122,22 +126,20 @@ def make_plan(
     windows = cut_windows(*lengths, geometry)
     rows, begun = _first_tokens(lengths, first_tokens)
     order = _singles_first(windows)
-    dense = np.flatnonzero(~windows.sparse)[: None if len(order) else 0]
-    counts, ends = windows.num_tokens[dense], windows.context_end[dense]
-    starts = np.cumsum([0, *counts])
-    tokens = np.arange(starts[-1]) + np.repeat(windows.token_start[dense] - starts[:-1], counts)
+    singles = int((windows.num_tokens[order] == 1).sum())
+    dense = np.flatnonzero(~windows.sparse)[: None if len(order) else 0].astype(np.int32)
     on_device = _send(
-        block_table.device, rows, begun, tokens, windows.request[dense], starts, ends,
+        block_table.device, rows, begun, *_tokens(windows, dense), windows.request[dense],
+        windows.context_end[dense], *_tokens(windows, order[singles:]),
         *(column[order] for column in windows[:6]),
     )  # fmt: skip
     sparse = dense_rows = None
     if len(order):
         most_far = int((windows.far_end - windows.far_begin)[order].max())
-        singles = int((windows.num_tokens[order] == 1).sum())
         sparse = SparseWindows(singles, max(most_far, 1), *on_device[6:])
     if len(dense):
-        tokens, request, query_start, seq_lens = on_device[2:6]
-        longest = int(counts.max()), int(ends.max())
+        tokens, query_start, request, seq_lens = on_device[2:6]
+        longest = int(windows.num_tokens[dense].max()), int(windows.context_end[dense].max())
         dense_rows = DenseRows(tokens, request, query_start, seq_lens, *longest)
     slots = slots[: int(lengths.query_start[-1])]
     rows_there, begun_there = on_device[:2]
@@ -153,6 +155,14 @@ def _first_tokens(lengths: Lengths, first_tokens: int) -> tuple[Ints, Ints]:
     has_begun = (before < first_tokens) & (lengths.seq_lens >= first_tokens)
     rows[positions < first_tokens] = -1
     return rows, np.flatnonzero(has_begun).astype(np.int32)
+
+
+def _tokens(windows: Windows, rows: Ints) -> tuple[Ints, Ints]:
+    """Places of the tokens of some windows, window by window, and where each window's begin."""
+    counts = windows.num_tokens[rows]
+    starts = np.cumsum([0, *counts], dtype=np.int32)
+    shift = np.repeat(windows.token_start[rows] - starts[:-1], counts)
+    return np.arange(starts[-1], dtype=np.int32) + shift, starts
 
 
 def _singles_first(windows: Windows) -> Ints:

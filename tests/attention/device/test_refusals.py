@@ -82,3 +82,15 @@ def test_drafts_and_odd_heads_are_refused() -> None:
     config.model_config.get_head_size = lambda: 72
     with pytest.raises(KvplugError, match="has heads of 72"):
         startup.adopt(config)
+
+
+def test_attend_is_a_choice_on_cuda_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = gpu_engine({"options": {"attend": "flash"}})
+    startup.adopt(config)
+    monkeypatch.setattr(startup, "_is_on_cpu", lambda: True)
+    with pytest.raises(KvplugError, match="chooses a kernel on CUDA"):
+        startup.adopt(config)
+    with pytest.raises(KvplugError, match="Unknown attend 'flesh'"):
+        startup.adopt(gpu_engine({"options": {"attend": "flesh"}}))
+    with pytest.raises(KvplugError, match="'attend' would have no effect"):
+        startup.adopt(gpu_engine({"policy": "dense", "options": {"attend": "flash"}}))
