@@ -38,8 +38,6 @@ class DeviceMetadataBuilder(TritonAttentionMetadataBuilder):
 
     # A plan's shapes follow the batch, and no captured graph was ever tried.
     _cudagraph_support = AttentionCGSupport.NEVER
-    # vLLM would refresh its own fields of a step's metadata in place, and not the plan.
-    supports_draft_decode_metadata_update = False
 
     def __init__(
         self,
@@ -54,6 +52,7 @@ class DeviceMetadataBuilder(TritonAttentionMetadataBuilder):
             KvplugError: Options that do not fit the recipe or the page.
         """
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        # vLLM would refresh its own fields of a step's metadata in place, and not the plan.
         self.supports_draft_decode_metadata_update = False
         config = options_of(vllm_config)
         self.pipeline = DevicePipeline(config, self.block_size, kv_cache_spec.num_kv_heads)

@@ -12,12 +12,13 @@ from typing import Any
 
 import pytest
 import torch
+from vllm.v1.attention.backends import fa_utils
 
 from kvplug.attention.attend.flash import FlashAttend, SingleHeads, vllm_function
 from kvplug.attention.attend.triton import cache_of
 from kvplug.errors import KvplugError
 from tests.attention.device.test_impl import MIXED, SHAPES
-from tests.attention.device.world import World, empty_cache, stand_in
+from tests.attention.device.world import DEVICE, World, empty_cache, stand_in
 from tests.made_up import Piece
 
 CALLS: list[int] = []
@@ -64,8 +65,8 @@ def stand_in_for_flash(**call: Any) -> None:
         logits = torch.einsum("cgd,ld->cgl", mine, keys) * call["softmax_scale"]
         if call["softcap"]:
             logits = call["softcap"] * (logits / call["softcap"]).tanh()
-        last = length - len(mine) + torch.arange(len(mine))
-        unseen = torch.arange(length) > last[:, None]
+        positions = torch.arange(length, device=mine.device)
+        unseen = positions > positions[length - len(mine) :, None]
         shares = logits.masked_fill(unseen[:, None], -torch.inf).softmax(-1)
         out[starts[s] : starts[s + 1]] = (shares @ values).to(out.dtype)
 
@@ -76,10 +77,11 @@ def test_every_page_of_every_head_is_a_page_of_the_view(name: str, layout: str) 
     """In all layouts that vLLM has; g1 has three heads, g3 has one."""
     shape = SHAPES[name]
     kv_cache = empty_cache(shape, layout)
-    kv_cache.copy_(torch.arange(kv_cache.numel()).view(kv_cache.shape) % 1999)
+    numbers = torch.arange(kv_cache.numel(), device=DEVICE) % 1999
+    kv_cache.copy_(numbers.view(kv_cache.shape))
     cache = cache_of(kv_cache)
     single = SingleHeads.of(cache)
-    pages = torch.arange(shape.num_pages, dtype=torch.int32)[None, None]
+    pages = torch.arange(shape.num_pages, dtype=torch.int32, device=DEVICE)[None, None]
     rows = single.table(pages.expand(1, shape.kv_heads, -1).contiguous())[0]
     assert len(single.keys) == int(rows.max()) + 1  # nothing is behind the last page
     for head in range(shape.kv_heads):
@@ -129,9 +131,10 @@ def test_decoding_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     world.fill(pieces)
     assert isinstance(world.impl.attend, FlashAttend)
     found = world.step(pieces)
-    assert (found.double() - world.expected(pieces)).abs().max() < 2.0**-7
+    assert (found.double().cpu() - world.expected(pieces)).abs().max() < 2.0**-7
 
 
-def test_where_vllm_has_none_it_is_refused() -> None:
+def test_where_vllm_has_none_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fa_utils, "is_flash_attn_varlen_func_available", lambda: False)
     with pytest.raises(KvplugError, match="no FlashAttention here"):
         vllm_function(128, False)

@@ -31,7 +31,7 @@ ROUNDING = 2.0**-9
 
 
 def close(found: torch.Tensor, expected: torch.Tensor) -> bool:
-    return bool((found.double() - expected).abs().max() < 4 * ROUNDING)
+    return bool((found.double().cpu() - expected).abs().max() < 4 * ROUNDING)
 
 
 @pytest.mark.parametrize("policy", ["channels", "simhash", "streaming"])

@@ -90,7 +90,8 @@ def test_the_index_on_cpu_stores_the_same(policy: str, kind: type) -> None:
     assert world.cpu_layer is not None
     far_end = (LENGTH + 1 - 32) // 16
     pages = torch.tensor(world.pages[7][1:far_end])
-    mine, theirs = state_of(world), world.cpu_layer.index.state
+    mine = [tensor.cpu() for tensor in state_of(world)]
+    theirs = world.cpu_layer.index.state
     assert torch.equal(mine[0][pages], theirs[0][pages])
     assert mine[0][pages].any()
     first = world.pages[7][0]

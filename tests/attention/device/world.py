@@ -24,9 +24,11 @@ from kvplug.page_reader import PageReader
 from kvplug.pipeline import LayerStages, Pipeline
 from kvplug.stage import LayerShape
 from kvplug.windows import Batch
+from tests.kernels.conftest import HAS_GPU
 from tests.made_up import Piece
 
 LONGEST = 260
+DEVICE = torch.device("cuda" if HAS_GPU else "cpu")
 DTYPE = torch.float16
 """Triton's interpreter cuts bfloat16 off where a GPU rounds."""
 OPTIONS = {"budget": 32, "sink": 16, "local": 32, "window": 32, "dense_below": 64}
@@ -142,14 +144,15 @@ class World:
         keys, values = self.new(pieces, 0), self.new(pieces, 1)
         slots, page = metadata.slot_mapping[: len(keys)], self.shape.page
         self.cache[slots // page, :, slots % page] = torch.cat([keys, values], -1)
-        rows = self.rows.view(-1, self.shape.kv_heads, page, self.shape.dim)
-        rows[slots // page, :, slots % page] = keys.float()
+        rows, slots = self.rows.view(-1, self.shape.kv_heads, page, self.shape.dim), slots.cpu()
+        rows[slots // page, :, slots % page] = keys.float().cpu()
         self.metadata = metadata
         return metadata, keys, values
 
     def new(self, pieces: list[Piece], which: int) -> torch.Tensor:
         """``[T, ...]`` keys, values or queries of a step."""
-        return torch.cat([self.content(p.request)[which][p.start : p.stop] for p in pieces])
+        parts = [self.content(p.request)[which][p.start : p.stop] for p in pieces]
+        return torch.cat(parts).to(DEVICE)
 
     def common(self, pieces: list[Piece]) -> CommonAttentionMetadata:
         """As vLLM's model runner has it, with a padded slot behind the last token."""
@@ -157,11 +160,12 @@ class World:
         ends = torch.tensor([p.stop for p in pieces], dtype=torch.int32)
         slots = torch.cat([self.slots(p.request, p.start, p.stop) for p in pieces])
         return CommonAttentionMetadata(
-            query_start_loc=starts, query_start_loc_cpu=starts, seq_lens=ends,
+            query_start_loc=starts.to(DEVICE), query_start_loc_cpu=starts,
+            seq_lens=ends.to(DEVICE),
             num_reqs=len(pieces), num_actual_tokens=int(starts[-1]),
             max_query_len=max(p.tokens for p in pieces), max_seq_len=int(ends.max()),
-            block_table_tensor=self.table(pieces),
-            slot_mapping=torch.cat([slots, torch.tensor([-1])]),
+            block_table_tensor=self.table(pieces).to(DEVICE),
+            slot_mapping=torch.cat([slots, torch.tensor([-1])]).to(DEVICE),
             is_prefilling=torch.tensor([p.prefilling for p in pieces]),
             seq_lens_cpu_upper_bound=ends.clone(),
         )  # fmt: skip
@@ -181,7 +185,7 @@ class World:
             np.array([p.prefilling for p in pieces]), self.table(pieces).numpy(), slots.numpy(),
         )  # fmt: skip
         plan = self.on_cpu.plan(batch)
-        queries, keys = self.new(pieces, 2), self.new(pieces, 0)
+        queries, keys = self.new(pieces, 2).cpu(), self.new(pieces, 0).cpu()
         seen: dict[int, list[set[int]]] = {}
         if plan is not None and plan.table is not None:
             self.on_cpu.run(self.cpu_layer, queries.float(), keys.float(), plan)
@@ -227,7 +231,7 @@ def empty_cache(shape: Shape, layout: str) -> torch.Tensor:
     """``[pages, Hk, P, 2 * D]`` of NaN, the second of three layers of a layout."""
     size = (3, shape.num_pages, shape.kv_heads, shape.page, 2 * shape.dim)
     order = KVCacheLayout[layout].stride_order
-    memory = torch.full([size[axis] for axis in order], torch.nan, dtype=DTYPE)
+    memory = torch.full([size[axis] for axis in order], torch.nan, dtype=DTYPE, device=DEVICE)
     return memory.permute([order.index(axis) for axis in range(5)])[1]
 
 
@@ -254,7 +258,7 @@ def layer_of(shape: Shape, config: KvplugConfig) -> tuple[DeviceImpl, DeviceMeta
     spec: Any = SimpleNamespace(
         block_size=shape.page, num_kv_heads=shape.kv_heads, head_size=shape.dim
     )
-    builder = DeviceMetadataBuilder(spec, ["layers.1.attn"], vllm_config, torch.device("cpu"))
+    builder = DeviceMetadataBuilder(spec, ["layers.1.attn"], vllm_config, DEVICE)
     return impl, builder
 
 
@@ -285,8 +289,8 @@ class Stock:
             keys, values = cached.split(dim, -1)  # [L, Hk, D]
             mine = query[starts[row] : starts[row + 1]].double().unflatten(1, (keys.shape[1], -1))
             logits = torch.einsum("thgd,lhd->thgl", mine, keys) * impl.scale
-            last = length - len(mine) + torch.arange(len(mine))
-            unseen = torch.arange(length) > last[:, None]
+            positions = torch.arange(length, device=DEVICE)
+            unseen = positions > positions[length - len(mine) :, None]
             shares = logits.masked_fill(unseen[:, None, None], -torch.inf).softmax(-1)
             out = torch.einsum("thgl,lhd->thgd", shares, values).flatten(1, 2)
             output[starts[row] : starts[row + 1]] = out.to(output.dtype)
