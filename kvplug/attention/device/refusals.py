@@ -77,7 +77,7 @@ def check_engine(vllm_config: Any, config: KvplugConfig, stages: Stages, page: i
         "kvplug option audit": bool(config.audit),
         "kvplug option trace": config.trace is not None,
         "--speculative-config": vllm_config.speculative_config is not None,
-        "--enable-dbo": vllm_config.parallel_config.enable_dbo,
+        "microbatches (--enable-dbo, --ubatch-size)": vllm_config.parallel_config.use_ubatching,
     }
     for what, asked in refusals.items():
         if asked:

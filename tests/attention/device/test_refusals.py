@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from vllm.exceptions import VLLMValidationError
+from vllm.platforms import current_platform
 
 from kvplug import startup
 from kvplug.errors import KvplugError
+from kvplug.patches import request_knobs
 from tests.test_startup import engine
 
 
@@ -19,7 +23,7 @@ def on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
 def gpu_engine(options: dict[str, Any], **changed: Any) -> Any:
     config = engine(options, **changed)
     config.model_config.get_head_size = lambda: 128
-    config.parallel_config.enable_dbo = False
+    config.parallel_config.use_ubatching = False
     return config
 
 
@@ -56,7 +60,7 @@ def test_recipes_that_are_not(options: dict[str, Any], what: str) -> None:
         ({"audit": 0.5}, {}, "option audit"),
         ({"trace": "trace.jsonl"}, {}, "option trace"),
         ({"offload": {"tier": "host"}}, {}, "option offload"),
-        ({}, {"parallel_config__enable_dbo": True}, "--enable-dbo"),
+        ({}, {"parallel_config__use_ubatching": True}, "--ubatch-size"),
         ({}, {"cache_config__block_size": 256, "cache_config__user_specified_block_size": True},
          "--block-size on CUDA must be one of"),
     ],
@@ -94,3 +98,16 @@ def test_attend_is_a_choice_on_cuda_only(monkeypatch: pytest.MonkeyPatch) -> Non
         startup.adopt(gpu_engine({"options": {"attend": "flesh"}}))
     with pytest.raises(KvplugError, match="'attend' would have no effect"):
         startup.adopt(gpu_engine({"policy": "dense", "options": {"attend": "flash"}}))
+
+
+def test_requests_that_ask_for_something_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM's second model runner has no seam to tell the planner of it."""
+    monkeypatch.setattr(request_knobs, "is_selected", lambda config: True)
+    monkeypatch.setattr(type(current_platform), "is_cpu", lambda self: False)
+    config = gpu_engine({})
+    config.model_config.max_model_len = 4096
+    plain = SimpleNamespace(extra_args={"of_another": 1})
+    assert request_knobs._checked(config, plain) is None
+    asking = SimpleNamespace(extra_args={"kvplug_dense": True})
+    with pytest.raises(VLLMValidationError, match="cannot ask kvplug for anything on GPUs yet"):
+        request_knobs._checked(config, asking)
