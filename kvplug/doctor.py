@@ -79,8 +79,8 @@ def _platform() -> tuple[str, str | None]:
     from vllm.platforms import current_platform
 
     name = str(current_platform.device_type)
-    served = current_platform.is_cpu()
-    return name, None if served else f"This version serves CPUs only; vLLM found {name!r} here."
+    served = current_platform.is_cpu() or current_platform.is_cuda()
+    return name, None if served else f"kvplug serves CPUs and CUDA only; vLLM found {name!r} here."
 
 
 def _transformers() -> tuple[str, str | None]:
@@ -120,7 +120,8 @@ def _backend() -> tuple[str, str | None]:
     register()
     selector = AttentionSelectorConfig(128, torch.bfloat16, "auto", DEFAULT_PAGE)
     path = current_platform.get_attn_backend_cls(AttentionBackendEnum.CUSTOM, selector)
-    if path != BACKEND_PATH:
+    # On CUDA vLLM names the class behind the path.
+    if path != BACKEND_PATH and not path.startswith("kvplug.attention.device."):
         return path, f"--attention-backend CUSTOM gives {path}, not kvplug's backend."
     return "live", None
 

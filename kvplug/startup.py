@@ -52,6 +52,15 @@ def adopt(vllm_config: Any) -> None:
             f"which vLLM's CPU kernel needs."
         )
     config.check_page(page)
+    if not _is_on_cpu():
+        from kvplug.attention.device.refusals import check_engine
+
+        check_engine(vllm_config, config, stages, page)
+    elif stages.attend is not None:
+        raise KvplugError(
+            f"Option 'attend' {stages.attend!r} chooses a kernel on CUDA, and this is vLLM's CPU "
+            f"platform: leave it out."
+        )
     _check_combination(vllm_config, config.window)
     _check_stages(stages, vllm_config)
     _check_observing(config, stages)
@@ -63,6 +72,13 @@ def adopt(vllm_config: Any) -> None:
         vllm_config.parallel_config.worker_extension_cls = EXTENSION
     if config.offload is not None:
         adopt_offload(vllm_config, config)
+
+
+def _is_on_cpu() -> bool:
+    """Whether vLLM runs on its CPU platform."""
+    from vllm.platforms import current_platform
+
+    return bool(current_platform.is_cpu())
 
 
 def _check_model(model: Any) -> None:
@@ -237,7 +253,7 @@ def bind_layers(vllm_config: Any, model: Any) -> None:
     from vllm.model_executor.layers.attention import Attention
     from vllm.model_executor.models.utils import extract_layer_index
 
-    from kvplug.attention.impl import KvplugImpl
+    from kvplug.attention.backend import KvplugBackend
     from kvplug.attention.rotary_of import rotary_of
     from kvplug.compiled import same_threads, warming_up
     from kvplug.observe.exporter import EXPORTER
@@ -249,7 +265,7 @@ def bind_layers(vllm_config: Any, model: Any) -> None:
     layers = get_layers_from_vllm_config(vllm_config, Attention)
     retrieving = {}
     for name, layer in layers.items():
-        if not isinstance(layer.impl, KvplugImpl):
+        if not isinstance(layer.impl, KvplugBackend.get_impl_cls()):
             raise KvplugError(
                 f"kvplug is selected, but layer {name} runs {type(layer.impl).__name__}; refusing "
                 f"to serve without retrieval."
@@ -257,7 +273,8 @@ def bind_layers(vllm_config: Any, model: Any) -> None:
         layer.impl.is_dense = layer.impl.is_dense or extract_layer_index(name) in dense
         if layer.impl.retrieves:
             retrieving[extract_layer_index(name)] = layer
-    if all(layer.impl.sliding_window != -1 for layer in layers.values()):
+    everything = (-1, (-1, -1))  # a window of none, on CPU and on CUDA
+    if all(layer.impl.sliding_window not in everything for layer in layers.values()):
         raise KvplugError(
             f"Every layer of {model_config.model} has a sliding window, so there is nothing to "
             f"retrieve."
@@ -277,14 +294,20 @@ def bind_layers(vllm_config: Any, model: Any) -> None:
             )  # fmt: skip
             rotary = rotaries.setdefault(id(rotary.table), rotary)
         layer.impl.bind(layer.kv_cache, shape, scales, pools.get(number), observers, rotary)
-        find_events(pools.get(number), layer.impl.pipeline.common)
+        if number in pools:
+            find_events(pools[number], layer.impl.pipeline.common)
     pipelines = {id(layer.impl.pipeline): number for number, layer in retrieving.items()}
     for number in pipelines.values():
-        with same_threads(), warming_up():
-            warm_up(retrieving[number].impl, shapes[number])
+        if _is_on_cpu():
+            with same_threads(), warming_up():
+                warm_up(retrieving[number].impl, shapes[number])
         retrieving[number].impl.pipeline.trace = observers.trace
         EXPORTER.add(retrieving[number].impl.pipeline, selection_metrics())
     _report(vllm_config, layers)
+    if not _is_on_cpu():
+        from kvplug.attention.device.refusals import UNTRIED
+
+        logger.warning(UNTRIED)
 
 
 def _observers(vllm_config: Any, shapes: dict[int, Any]) -> Observers:

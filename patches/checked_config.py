@@ -6,6 +6,8 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+from vllm.platforms import current_platform
+
 from kvplug.patches.record import Patch
 from kvplug.startup import adopt
 
@@ -19,15 +21,24 @@ def _wrap(original: Callable[..., Any]) -> Callable[..., Any]:
     return check_and_update_config
 
 
-PATCHES = [
-    Patch(
-        target="vllm.platforms.cpu:CpuPlatform.check_and_update_config",
+TARGETS = {
+    "cpu": ("vllm.platforms.cpu:CpuPlatform.check_and_update_config", "d2960ad5d1836767"),
+    "cuda": ("vllm.platforms.cuda:CudaPlatformBase.check_and_update_config", "6eaf6d314aefb761"),
+}
+"""Targets and fingerprints by vLLM's name of the device; a build for one cannot import others."""
+
+
+def _patch(target: str, fingerprint: str) -> Patch:
+    return Patch(
+        target=target,
         vllm=">=0.32,<0.33",
         why="General plugins have no hook at config time: bad options would surface only in a "
         "worker, after the weights are loaded, and the block size could not become one window.",
         upstream="https://github.com/vllm-project/vllm/issues/57566",
         remove_when="vLLM lets a plugin see the config before engines start.",
-        fingerprint="d2960ad5d1836767",
+        fingerprint=fingerprint,
         wrap=_wrap,
     )
-]
+
+
+PATCHES = [_patch(*TARGETS["cuda" if current_platform.is_cuda() else "cpu"])]

@@ -51,12 +51,15 @@ def _checked(vllm_config: Any, params: Any) -> Knobs | None:
     if not extra or not is_selected(vllm_config):
         return None
     from vllm.exceptions import VLLMValidationError
+    from vllm.platforms import current_platform
 
     from kvplug.knobs import Knobs
 
     page, longest = vllm_config.cache_config.block_size, vllm_config.model_config.max_model_len
     try:
         knobs = Knobs.parse(extra)
+        if knobs is not None and not current_platform.is_cpu():
+            raise KvplugError("Requests cannot ask kvplug for anything on GPUs yet.")
         return None if knobs is None else knobs.within(options_of(vllm_config), page, longest)
     except KvplugError as error:
         raise VLLMValidationError(str(error), parameter="vllm_xargs") from None

@@ -1,45 +1,35 @@
-"""The backend class that ``--attention-backend CUSTOM`` names."""
+"""The backend class that ``--attention-backend CUSTOM`` names: that of vLLM's platform."""
 
 from __future__ import annotations
 
-from vllm.platforms import current_platform
-from vllm.v1.attention.backend import AttentionType
-from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+from typing import Any
 
-from kvplug.attention.impl import KvplugImpl
-from kvplug.attention.metadata import KvplugMetadataBuilder
+from vllm.platforms import current_platform
+
 from kvplug.errors import KvplugError
 
-if not current_platform.is_cpu():
+
+def backend_of(platform: Any) -> type[Any]:
+    """The backend of a platform.
+
+    Args:
+        platform: vLLM's.
+
+    Raises:
+        KvplugError: There is none.
+    """
+    if platform.is_cpu():
+        from kvplug.attention.cpu_backend import CpuBackend
+
+        return CpuBackend
+    if platform.is_cuda():
+        from kvplug.attention.device.backend import DeviceBackend
+
+        return DeviceBackend
     raise KvplugError(
-        f"This version of kvplug serves vLLM on CPUs only, not on {current_platform.device_name}."
+        f"This version of kvplug serves vLLM on CPUs and CUDA only, not on {platform.device_name}."
     )
 
 
-class KvplugBackend(CPUAttentionBackend):
-    """vLLM's CPU backend with page retrieval; a page is vLLM's block."""
-
-    @staticmethod
-    def get_name() -> str:
-        """The registry member that the class is filed under."""
-        return "CUSTOM"
-
-    @classmethod
-    def supports_attn_type(cls, attn_type: str) -> bool:
-        """Decoders only."""
-        return attn_type == AttentionType.DECODER
-
-    @classmethod
-    def supports_non_causal(cls) -> bool:
-        """Causal models only."""
-        return False
-
-    @staticmethod
-    def get_impl_cls() -> type[KvplugImpl]:
-        """The layer implementation."""
-        return KvplugImpl
-
-    @staticmethod
-    def get_builder_cls() -> type[KvplugMetadataBuilder]:
-        """The per-step planner."""
-        return KvplugMetadataBuilder
+KvplugBackend = backend_of(current_platform)
+"""What vLLM finds at :data:`kvplug.selection.BACKEND_PATH`."""

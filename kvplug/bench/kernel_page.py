@@ -25,6 +25,33 @@ vLLM is not needed: `python -m kvplug.bench.kernels` takes the same options wher
 Triton, typer and rich are installed. `--json` prints the figures, which also lie beside \
 the page, as `gpu.json`. `--interpret` and `--compile` verify on any machine what needs no GPU; a \
 run leaves what others wrote as it is. FlashInfer is measured where it can be imported."""
+BACKEND = """\
+## The backend for CUDA
+
+**It has never run on a GPU**, and logs a warning that says so when an engine starts with it. On \
+vLLM's CUDA platform `--attention-backend CUSTOM` is a subclass of vLLM's Triton attention \
+(`kvplug/attention/device/`). Its classes have run in Triton's interpreter on CPU tensors, with \
+metadata and caches made by hand in vLLM's layouts: there they select the pages that the pipeline \
+on CPU selects, and what they attend to agrees with float64 (`tests/attention/device/`). vLLM's \
+model runner, its compiler and its own Triton kernel were not part of that.
+
+* Policies `channels`, `simhash`, `streaming` and `dense` with their own stages; pages of 32, 64 \
+or 128 tokens; heads of 64, 80, 96, 128 or 256; bfloat16 and float16. Refused in one sentence: \
+other stages, offload, audits, traces, speculative decoding, microbatches, context parallelism, \
+quantised caches, and requests that ask for a budget of their own.
+* Selected pages are attended to by kvplug's own kernel, or with `--options \
+'{"attend": "flash"}'` by vLLM's FlashAttention through a view of single heads' pages. Of that \
+function only a stand-in was ever called.
+* The host cuts windows from lengths, and reads neither block tables nor slots nor scores back. \
+Windows that attend to everything are vLLM's own kernel's, beside sparse ones by themselves.
+* Keys are summarised as they are written, so contexts below `dense_below` pay for that too.
+* The index is allocated in full: with heads of 128, pages of 32 and 16-bit caches, `channels` \
+takes 7.0% of the bytes of keys and values, `simhash` 1.6%. vLLM does not count it: lower \
+`--gpu-memory-utilization`.
+* CUDA graphs of attention are declared unsupported. Kernels are compiled when they are first \
+called. Windows whose scores are not finite are not counted.
+* After a preemption vLLM's second model runner reads decoded tokens back as if they were prompt, \
+in whole windows, so such a request may get another answer than it would have got."""
 SANITIZER = """\
 ## Memory errors
 
@@ -73,7 +100,7 @@ def draw(document: Document) -> str:
     """
     measured = document.get("measured")
     status = MEASURED.format(**measured) if measured else NOT_MEASURED
-    parts = ["# Kernels on GPUs", status, FILLING]
+    parts = ["# Kernels on GPUs", status, BACKEND, FILLING]
     if measured:
         parts += _measured(measured)
     if "interpreted" in document:

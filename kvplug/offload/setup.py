@@ -166,16 +166,16 @@ def make_pools(vllm_config: Any, layers: dict[int, Any]) -> dict[int, HotPool]:
     return pools
 
 
-def find_events(pool: HotPool | None, common: Mapping[type, Any]) -> None:
+def find_events(pool: HotPool, common: Mapping[type, Any]) -> None:
     """Tells a pool's links where events begin, where the recipe knows events.
 
     Args:
-        pool: One that layers' stages are bound behind; None without offloading.
+        pool: One that layers' stages are bound behind.
         common: Memories that layers share, by class.
     """
     from kvplug.segment.base import EventStarts
 
-    if pool is not None and pool.links is not None:
+    if pool.links is not None:
         pool.links.events = common.get(EventStarts)
 
 

@@ -41,6 +41,9 @@ class Stages:
     merge: str = "exact"
     """How outputs over pages are merged: ``exact``, by one softmax over everything attended, or
     ``coarse``, by the softmax of page summaries (HCAM)."""
+    attend: str | None = None
+    """What attends to selected pages: ``triton``, kvplug's own kernel, or ``flash``, vLLM's
+    FlashAttention, where the platform leaves a choice. None: the platform's first."""
     always_dense: bool = False
     """Attend to everything, by the platform's own path."""
 

@@ -25,7 +25,8 @@ REGISTRIES: dict[str, Registry[Any]] = {
     "select": SELECTS,
 }
 MERGES = ("exact", "coarse")
-REPLACEABLE = (*REGISTRIES, "merge")
+ATTENDS = ("triton", "flash")
+REPLACEABLE = (*REGISTRIES, "merge", "attend")
 """Options that replace a part of a recipe instead of being its own."""
 
 
@@ -58,13 +59,17 @@ def replace_stages(stages: Stages, what: str, options: Mapping[str, Any]) -> Sta
         what: What messages call the recipe.
         options: Stage kind -> a name, or ``{"name": ..., field: value}``; probes may be a list of
             such, which are used together, and a segment None, for doing without. ``merge`` ->
-            ``exact`` or ``coarse``.
+            ``exact`` or ``coarse``, ``attend`` -> ``triton`` or ``flash``.
 
     Raises:
         KvplugError: An unknown stage or field, or stages that do not go together.
     """
-    if options and (stages.index is None or stages.always_dense):
-        named = " and ".join(repr(option) for option in options)
+    if stages.always_dense:
+        idle = list(options)
+    else:
+        idle = [option for option in options if stages.index is None and option != "attend"]
+    if idle:
+        named = " and ".join(map(repr, idle))
         raise KvplugError(
             f"{_sentence(what)} retrieves nothing, so {named} would have no effect: leave it out, "
             f"or choose a policy that retrieves."
@@ -72,7 +77,9 @@ def replace_stages(stages: Stages, what: str, options: Mapping[str, Any]) -> Sta
     changed: dict[str, Any] = {}
     for kind, value in options.items():
         if kind == "merge":
-            changed[kind] = _merge(value)
+            changed[kind] = _one_of(kind, value, MERGES)
+        elif kind == "attend":
+            changed[kind] = _one_of(kind, value, ATTENDS)
         elif kind == "segment" and value is None:
             changed[kind] = None
         elif kind == "probe" and isinstance(value, list):
@@ -121,14 +128,14 @@ def is_ignored(
         return False
 
 
-def _merge(value: Any) -> str:
-    """The name of a merge.
+def _one_of(kind: str, value: Any, names: tuple[str, ...]) -> str:
+    """The name of a merge, or of what attends.
 
     Raises:
         KvplugError: It is none.
     """
-    if not isinstance(value, str) or value not in MERGES:
-        raise KvplugError(f"Unknown merge {value!r}: {nearest_name(str(value), MERGES)}.")
+    if not isinstance(value, str) or value not in names:
+        raise KvplugError(f"Unknown {kind} {value!r}: {nearest_name(str(value), names)}.")
     return value
 
 

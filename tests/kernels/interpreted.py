@@ -57,7 +57,12 @@ def interpreted() -> Iterator[None]:
 
 
 def import_kernels() -> None:
-    """Imports every kernel anew, to be interpreted; whoever imports one later finds this one."""
+    """Imports every kernel anew, to be interpreted; whoever imports one later finds this one.
+
+    Once, whichever folder of tests asks first.
+    """
+    if _copy:
+        return
     _take("kvplug.kernels")
     with interpreted():
         for path in sorted(KERNELS.glob("*.py")):

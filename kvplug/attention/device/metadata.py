@@ -1,0 +1,108 @@
+"""Per-step metadata on CUDA: vLLM's own for its Triton kernel, plus kvplug's plan."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm.config import VllmConfig, get_layers_from_vllm_config
+from vllm.model_executor.layers.attention import Attention
+from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
+from vllm.v1.attention.backends.triton_attn import (
+    TritonAttentionMetadata,
+    TritonAttentionMetadataBuilder,
+)
+
+from kvplug.attention.device.pipeline import DevicePipeline
+from kvplug.attention.device.plan import DenseRows, DevicePlan, Lengths
+from kvplug.errors import KvplugError
+from kvplug.selection import options_of
+
+if TYPE_CHECKING:
+    from vllm.v1.kv_cache_interface import AttentionSpec
+
+
+@dataclass
+class DeviceMetadata(TritonAttentionMetadata):
+    """One step's metadata for one group of layers."""
+
+    plan: DevicePlan | None = None
+    """None: the group attends to everything, by vLLM's own path."""
+    dense: TritonAttentionMetadata | None = None
+    """Of what attends to everything beside sparse windows."""
+
+
+class DeviceMetadataBuilder(TritonAttentionMetadataBuilder):
+    """Plans each step; owns the pipeline that its layers share."""
+
+    # A plan's shapes follow the batch, and no captured graph was ever tried.
+    _cudagraph_support = AttentionCGSupport.NEVER
+
+    def __init__(
+        self,
+        kv_cache_spec: AttentionSpec,
+        layer_names: list[str],
+        vllm_config: VllmConfig,
+        device: torch.device,
+    ) -> None:
+        """Builds the pipeline and hands it to the layers.
+
+        Raises:
+            KvplugError: Options that do not fit the recipe or the page.
+        """
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        # vLLM would refresh its own fields of a step's metadata in place, and not the plan.
+        self.supports_draft_decode_metadata_update = False
+        config = options_of(vllm_config)
+        self.pipeline = DevicePipeline(config, self.block_size, kv_cache_spec.num_kv_heads)
+        layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
+        for layer in layers.values():
+            layer.impl.adopt(self.pipeline)
+        self.windowed = any(layer.impl.is_windowed for layer in layers.values())
+
+    def build(
+        self,
+        common_prefix_len: int,
+        common_attn_metadata: CommonAttentionMetadata,
+        fast_build: bool = False,
+    ) -> DeviceMetadata:
+        """Stock metadata plus the plan.
+
+        Raises:
+            KvplugError: A model runner that does not say what windows are cut by.
+        """
+        stock = super().build(common_prefix_len, common_attn_metadata, fast_build)
+        metadata = DeviceMetadata(**vars(stock))
+        if self.windowed:
+            return metadata
+        common = common_attn_metadata
+        lengths = common.seq_lens_cpu_upper_bound  # exact: speculative decoding is refused
+        if common.is_prefilling is None or lengths is None or common.causal is not True:
+            raise KvplugError("kvplug serves causal decoding by vLLM's own model runner only.")
+        known = Lengths(
+            common.query_start_loc_cpu.numpy(), lengths.numpy(), common.is_prefilling.numpy()
+        )
+        metadata.plan = self.pipeline.plan(known, common.block_table_tensor, common.slot_mapping)
+        if metadata.plan is not None and metadata.plan.dense is not None:
+            metadata.dense = dense_metadata(stock, metadata.plan.dense)
+        return metadata
+
+
+def dense_metadata(stock: TritonAttentionMetadata, rows: DenseRows) -> TritonAttentionMetadata:
+    """vLLM's metadata for some tokens of a step, by themselves.
+
+    Args:
+        stock: Of the whole step.
+        rows: The tokens.
+    """
+    changed: dict[str, Any] = {
+        "num_actual_tokens": len(rows.tokens),
+        "max_query_len": rows.longest,
+        "query_start_loc": rows.query_start,
+        "max_seq_len": rows.longest_context,
+        "seq_lens": rows.seq_lens,
+        "block_table": stock.block_table.index_select(0, rows.request),
+        "slot_mapping": stock.slot_mapping.index_select(0, rows.tokens),
+    }
+    return replace(stock, **changed)

@@ -1,0 +1,174 @@
+"""The pipeline on a GPU: memory, probes, scores, pages and their rows, strung from ``kernels/``.
+
+The twin on CPU is :mod:`kvplug.pipeline`. Nothing waits for the device, so windows whose scores are
+not finite are not counted; as on CPU they attend to sinks, local and the newest far pages.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from kvplug.attention.device.memory import DeviceMemory, first_pages, make_memory
+from kvplug.attention.device.plan import DevicePlan, Lengths, SparseWindows, make_plan
+from kvplug.kernels.distance import QueryWindows
+from kvplug.kernels.last_activated import last_activated
+from kvplug.kernels.page_rows import Contexts, PageRows, page_rows
+from kvplug.kernels.top_pages import candidates_shape, top_pages
+from kvplug.pipeline import region_sizes
+from kvplug.policies import make_stages
+from kvplug.probe.last_activated import LastAndActivatedProbe
+from kvplug.selection_counts import SelectionCounts
+
+if TYPE_CHECKING:
+    from kvplug.config import KvplugConfig
+    from kvplug.kernels.paged_attention import PagedCache
+    from kvplug.pages import PageGeometry
+    from kvplug.stage import LayerShape
+
+SCRATCH = 64 * 2**20
+"""Bytes of scores and what leads to them that a layer has at a time; more windows go in turns."""
+
+
+def row_width(geometry: PageGeometry) -> int:
+    """Pages of the widest row of a window that selects."""
+    local_pages = -(-(geometry.local + geometry.window) // geometry.page) + 1
+    return geometry.sink_pages + geometry.most_pages + local_pages
+
+
+class DeviceLayer:
+    """What works on one layer.
+
+    Args:
+        pipeline: Whose recipe.
+        shape: The layer's geometry.
+        cache: Its keys and values.
+    """
+
+    def __init__(self, pipeline: DevicePipeline, shape: LayerShape, cache: PagedCache) -> None:
+        """Allocates what the layer remembers."""
+        self.pipeline, self.shape, self.cache = pipeline, shape, cache
+        self.memory: DeviceMemory | None = make_memory(
+            pipeline.stages.index, shape, cache.keys.device
+        )
+
+    def write(self, keys: torch.Tensor, plan: DevicePlan) -> None:
+        """Learns a step's new keys ``[T, Hk, D]``, which are in the cache."""
+        if self.memory is not None:
+            self.memory.write(keys, self.cache, plan)
+
+    def select(self, queries: torch.Tensor, plan: DevicePlan, windows: SparseWindows) -> PageRows:
+        """Rows of the pages that every window and KV head attends to.
+
+        Args:
+            queries: ``[T, H, D]`` of the whole step.
+            plan: The step.
+            windows: Its sparse windows.
+        """
+        heads, geometry = self.shape.num_kv_heads, self.pipeline.geometry
+        size = len(windows) * heads, row_width(geometry)
+        # FlashAttention may look a page up behind a row's pages: it must be one.
+        table = queries.new_zeros(size, dtype=torch.int32)
+        rows = PageRows(table, queries.new_empty(size[:1], dtype=torch.int32))
+        step = self._windows_at_a_time(windows)
+        for first in range(0, len(windows), step):
+            part = windows.span(first, min(first + step, len(windows)))
+            mine = slice(first * heads, (first + len(part)) * heads)
+            contexts = part.contexts(plan.block_table, geometry.page)
+            self._select(queries, part, contexts, PageRows(*(column[mine] for column in rows)))
+        return rows
+
+    def _windows_at_a_time(self, windows: SparseWindows) -> int:
+        """So many that their scratch stays below :data:`SCRATCH`."""
+        probe = self.pipeline.probe
+        if self.memory is None or probe is None:
+            return len(windows)
+        probes = (probe.last + probe.active) * self.shape.num_heads // self.shape.num_kv_heads
+        each = self.memory.scratch_bytes(probes, windows.most_far) * self.shape.num_kv_heads
+        return max(SCRATCH // each, 1)
+
+    def _select(
+        self, queries: torch.Tensor, windows: SparseWindows, contexts: Contexts, rows: PageRows
+    ) -> None:
+        """Probe, score, select, rows."""
+        shape, budget = self.shape, self.pipeline.geometry.budget_pages
+        num, heads = len(windows), shape.num_kv_heads
+        if self.memory is None:
+            counts = queries.new_zeros((num, heads), dtype=torch.int32)
+            page_rows(counts[:, :, None].contiguous(), counts, contexts, rows)
+            return
+        vectors, counts = self._probes(queries, windows)
+        scores = queries.new_empty((num, heads, windows.most_far), dtype=torch.float32)
+        self.memory.score(vectors, counts, windows, contexts.far, scores)
+        chunks = candidates_shape(num, heads, windows.most_far, budget)
+        candidates = queries.new_empty(chunks, dtype=torch.int32) if chunks else None
+        top_pages(scores, budget, contexts, rows, candidates)
+
+    def _probes(
+        self, queries: torch.Tensor, windows: SparseWindows
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """``[S, Hk, R, D]`` vectors, and ``[S]`` int32 how many a window has."""
+        probe, shape = self.pipeline.probe, self.shape
+        assert probe is not None
+        num, group = len(windows), shape.num_heads // shape.num_kv_heads
+        is_decoding = windows.singles == num
+        tokens = 1 if is_decoding else probe.last + probe.active
+        size = num, shape.num_kv_heads, group * tokens, shape.head_dim
+        vectors, counts = queries.new_empty(size), queries.new_empty(num, dtype=torch.int32)
+        bias = None
+        if not is_decoding:
+            longest = self.pipeline.geometry.window
+            bias = queries.new_empty((num, shape.num_heads, longest), dtype=torch.float32)
+        asking = QueryWindows(queries, windows.token_start, windows.num_tokens)
+        last_activated(asking, probe.last, probe.active, bias, vectors, counts)
+        return vectors, counts
+
+
+class DevicePipeline:
+    """Selects pages for the layers of one group on one GPU.
+
+    Args:
+        config: The user's options, of a recipe that :mod:`kvplug.attention.device.refusals` serves.
+        page: Tokens per page.
+        num_kv_heads: KV heads on this worker.
+    """
+
+    def __init__(self, config: KvplugConfig, page: int, num_kv_heads: int) -> None:
+        """Builds the stages."""
+        self.config = config
+        self.stages = make_stages(config.policy, config.options)
+        self.geometry = region_sizes(config, page)
+        self.num_kv_heads = num_kv_heads
+        probe = self.stages.probe
+        self.probe = probe if isinstance(probe, LastAndActivatedProbe) else None
+        """None where the recipe retrieves nothing."""
+        self.layers: list[DeviceLayer] = []
+        self.counts = SelectionCounts()
+        self.first_tokens = 0
+        """Of a context, that are learnt from when all are there."""
+        self.trace: Any = None
+        """Nothing is traced on a GPU."""
+
+    def make_layer(self, shape: LayerShape, cache: PagedCache) -> DeviceLayer:
+        """A layer, with what it remembers."""
+        layer = DeviceLayer(self, shape, cache)
+        self.first_tokens = first_pages(shape) * shape.page
+        self.layers.append(layer)
+        return layer
+
+    def plan(
+        self, lengths: Lengths, block_table: torch.Tensor, slots: torch.Tensor
+    ) -> DevicePlan | None:
+        """Plans one step; see :func:`make_plan`. None: the recipe attends to everything."""
+        if self.stages.always_dense:
+            self.counts.dense_tokens += int(lengths.query_start[-1])
+            return None
+        plan = make_plan(lengths, block_table, slots, self.geometry, self.first_tokens)
+        rows = self.num_kv_heads * len(self.layers)
+        self.counts.add(plan.windows, self.geometry.page, rows, varies=False)
+        return plan
+
+    def nbytes(self) -> int:
+        """Bytes that memories of all layers take."""
+        return sum(layer.memory.nbytes() for layer in self.layers if layer.memory is not None)

@@ -1,0 +1,180 @@
+"""One step on a GPU: its windows cut on the host from lengths, and sent to the device in one copy.
+
+The host knows lengths, and never sees pages: block tables and slots stay where vLLM's model runner
+makes them, and nothing here waits for the device. Windows that attend to everything are vLLM's
+own; of the others, those of one token come first, for their attention is cut into parts.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from kvplug.kernels.far_pages import FarPages
+from kvplug.kernels.page_rows import Contexts
+from kvplug.pages import PageGeometry
+from kvplug.windows import Flags, Ints, Windows, cut_windows
+
+
+class Lengths(NamedTuple):
+    """A batch as the host knows it."""
+
+    query_start: Ints
+    """``[B + 1]`` first query token of each request, then the total."""
+    seq_lens: Ints
+    """``[B]`` context lengths, this step's tokens included."""
+    is_prefilling: Flags
+    """``[B]`` whether the prompt was incomplete before this step."""
+
+
+class SparseWindows(NamedTuple):
+    """The ``S`` windows that select pages, those of one token first; columns are on the device."""
+
+    singles: int
+    """How many have one token."""
+    most_far: int
+    """Far pages of the window that has most of them, at least 1."""
+    tokens: torch.Tensor
+    """``[Ts]`` int32 places in the step of the tokens of the step's other windows."""
+    query_start: torch.Tensor
+    """``[n + 1]`` int32 first of these tokens of each such window, then Ts."""
+    request: torch.Tensor
+    """``[S]`` int32 row of the block table."""
+    token_start: torch.Tensor
+    """``[S]`` int32 first query token."""
+    num_tokens: torch.Tensor
+    """``[S]`` int32 query tokens."""
+    context_end: torch.Tensor
+    """``[S]`` int32 tokens of context, the window's own included."""
+    far_begin: torch.Tensor
+    """``[S]`` int32 first far page."""
+    far_end: torch.Tensor
+    """``[S]`` int32 page after the last far one."""
+
+    def __len__(self) -> int:
+        """S."""
+        return len(self.request)
+
+    def span(self, first: int, last: int) -> SparseWindows:
+        """Windows ``first`` to ``last``, the latter not included."""
+        columns = (column[first:last] for column in self[4:])
+        singles = min(max(self.singles - first, 0), last - first)
+        return SparseWindows(singles, *self[1:4], *columns)
+
+    def contexts(self, block_table: torch.Tensor, page: int) -> Contexts:
+        """Where the regions of the windows' contexts lie.
+
+        Args:
+            block_table: ``[B, max_pages]`` int32 on the device.
+            page: P.
+        """
+        far = FarPages(block_table, self.request, self.far_begin, self.far_end)
+        return Contexts(far, self.context_end, page)
+
+
+class DenseRows(NamedTuple):
+    """What attends to everything beside sparse windows: ``n`` runs of tokens, one a request."""
+
+    tokens: torch.Tensor
+    """``[Td]`` int32 places of their tokens in the step, run by run."""
+    request: torch.Tensor
+    """``[n]`` int32 row of the block table."""
+    query_start: torch.Tensor
+    """``[n + 1]`` int32 first of the runs' tokens, then Td."""
+    seq_lens: torch.Tensor
+    """``[n]`` int32 tokens of context."""
+    longest: int
+    """Tokens of the longest run."""
+    longest_context: int
+    """Tokens of the longest context."""
+
+
+class DevicePlan(NamedTuple):
+    """What every layer of a step shares."""
+
+    block_table: torch.Tensor
+    """``[B, max_pages]`` int32 on the device."""
+    slots: torch.Tensor
+    """``[T]`` int64 on the device; negative ones are padding."""
+    windows: Windows
+    """On the host, all of them."""
+    rows: torch.Tensor
+    """``[T]`` int32 row of the block table of each token, or -1 for one of its context's first."""
+    begun: torch.Tensor
+    """``[m]`` int32 rows whose contexts have all of their first tokens for the first time."""
+    sparse: SparseWindows | None
+    """None: every window attends to everything."""
+    dense: DenseRows | None
+    """None: no window does, beside sparse ones."""
+
+
+def make_plan(
+    lengths: Lengths, block_table: torch.Tensor, slots: torch.Tensor, geometry: PageGeometry,
+    first_tokens: int,
+) -> DevicePlan:  # fmt: skip
+    """Plans a step.
+
+    Args:
+        lengths: Of the batch, on the host.
+        block_table: ``[B, max_pages]`` int32 on the device.
+        slots: ``[T]`` int64 on the device, or more.
+        geometry: Region sizes.
+        first_tokens: Tokens at a context's start that are learnt from when all are there.
+    """
+    windows = cut_windows(*lengths, geometry)
+    rows, begun = _first_tokens(lengths, first_tokens)
+    order = _singles_first(windows)
+    singles = int((windows.num_tokens[order] == 1).sum())
+    dense = np.flatnonzero(~windows.sparse)[: None if len(order) else 0].astype(np.int32)
+    on_device = _send(
+        block_table.device, rows, begun, *_tokens(windows, dense), windows.request[dense],
+        windows.context_end[dense], *_tokens(windows, order[singles:]),
+        *(column[order] for column in windows[:6]),
+    )  # fmt: skip
+    sparse = dense_rows = None
+    if len(order):
+        most_far = int((windows.far_end - windows.far_begin)[order].max())
+        sparse = SparseWindows(singles, max(most_far, 1), *on_device[6:])
+    if len(dense):
+        tokens, query_start, request, seq_lens = on_device[2:6]
+        longest = int(windows.num_tokens[dense].max()), int(windows.context_end[dense].max())
+        dense_rows = DenseRows(tokens, request, query_start, seq_lens, *longest)
+    slots = slots[: int(lengths.query_start[-1])]
+    rows_there, begun_there = on_device[:2]
+    return DevicePlan(block_table, slots, windows, rows_there, begun_there, sparse, dense_rows)
+
+
+def _first_tokens(lengths: Lengths, first_tokens: int) -> tuple[Ints, Ints]:
+    """See :class:`DevicePlan`: ``rows`` and ``begun``."""
+    counts = np.diff(lengths.query_start)
+    before = lengths.seq_lens - counts
+    rows = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
+    positions = np.arange(len(rows)) - np.repeat(lengths.query_start[:-1] - before, counts)
+    has_begun = (before < first_tokens) & (lengths.seq_lens >= first_tokens)
+    rows[positions < first_tokens] = -1
+    return rows, np.flatnonzero(has_begun).astype(np.int32)
+
+
+def _tokens(windows: Windows, rows: Ints) -> tuple[Ints, Ints]:
+    """Places of the tokens of some windows, window by window, and where each window's begin."""
+    counts = windows.num_tokens[rows]
+    starts = np.cumsum([0, *counts], dtype=np.int32)
+    shift = np.repeat(windows.token_start[rows] - starts[:-1], counts)
+    return np.arange(starts[-1], dtype=np.int32) + shift, starts
+
+
+def _singles_first(windows: Windows) -> Ints:
+    """Numbers of the sparse windows, in order but for those of one token, which come first."""
+    rows = np.flatnonzero(windows.sparse).astype(np.int32)
+    return rows[np.argsort(windows.num_tokens[rows] > 1, kind="stable")]
+
+
+def _send(device: torch.device, *columns: Ints) -> tuple[torch.Tensor, ...]:
+    """Columns as int32 on the device, by one copy that nobody waits for."""
+    host = torch.from_numpy(np.concatenate(columns).astype(np.int32))
+    if device.type == "cuda":
+        host = host.pin_memory()
+    sizes = [len(column) for column in columns]
+    return host.to(device, non_blocking=True).split(sizes)

@@ -1,0 +1,85 @@
+"""What an engine on CUDA is refused for: recipes without kernels, and options that need them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from kvplug.budget.fixed import FixedBudget, NoBudget
+from kvplug.errors import KvplugError
+from kvplug.index.channels import Channels
+from kvplug.index.simhash import SimHash
+from kvplug.kernels.checks import HEAD_DIMS
+from kvplug.probe.last_activated import LastAndActivatedProbe
+from kvplug.select.top_pages import TopPages
+
+if TYPE_CHECKING:
+    from kvplug.config import KvplugConfig
+    from kvplug.policies.base import Stages
+    from kvplug.stage import Stage
+
+PAGES = (32, 64, 128)
+"""Tokens per page that the kernels take and kvplug's windows are made of."""
+UNTRIED = (
+    "kvplug: this backend has never run on a GPU; its kernels ran in Triton's interpreter only, "
+    "and were compiled for sm_80 and sm_90. Compare its answers with stock vLLM's before you "
+    "rely on them: kvplug bench kernels checks every kernel on this device."
+)
+"""Logged once, where an engine starts on CUDA."""
+RECIPES = "channels, simhash, streaming or dense"
+
+
+def check_recipe(stages: Stages) -> None:
+    """Refuses a recipe with a stage that only runs on CPUs.
+
+    Raises:
+        KvplugError: With the stage's name.
+    """
+    served: tuple[tuple[Stage | None, tuple[type, ...]], ...] = (
+        (stages.segment, ()),
+        (stages.index, (Channels, SimHash)),
+        (stages.probe, (LastAndActivatedProbe,)),
+        (stages.budget, (FixedBudget, NoBudget)),
+        (stages.select, (TopPages,)),
+    )
+    for stage, kinds in served:
+        if stage is not None and not isinstance(stage, kinds):
+            raise KvplugError(
+                f"{stage.kind.capitalize()} {stage.name!r} runs on CPUs only: on CUDA choose "
+                f"policy {RECIPES}, with their own stages."
+            )
+    if stages.merge != "exact":
+        raise KvplugError(f"Merge {stages.merge!r} runs on CPUs only: on CUDA use merge 'exact'.")
+
+
+def check_engine(vllm_config: Any, config: KvplugConfig, stages: Stages, page: int) -> None:
+    """Refuses what the backend for CUDA does not serve.
+
+    Args:
+        vllm_config: vLLM's ``VllmConfig``.
+        config: The user's options.
+        stages: Of the recipe.
+        page: Tokens per page.
+
+    Raises:
+        KvplugError: With the reason.
+    """
+    check_recipe(stages)
+    if page not in PAGES:
+        raise KvplugError(f"--block-size on CUDA must be one of {PAGES} for kvplug, not {page}.")
+    dim = vllm_config.model_config.get_head_size()
+    if dim not in HEAD_DIMS:
+        raise KvplugError(
+            f"kvplug's kernels take heads of {HEAD_DIMS}; {vllm_config.model_config.model} has "
+            f"heads of {dim}."
+        )
+    refusals = {
+        "kvplug option offload": config.offload is not None,
+        "kvplug option audit": bool(config.audit),
+        "kvplug option trace": config.trace is not None,
+        "kvplug option positions='fixed'": config.positions == "fixed",
+        "--speculative-config": vllm_config.speculative_config is not None,
+        "microbatches (--enable-dbo, --ubatch-size)": vllm_config.parallel_config.use_ubatching,
+    }
+    for what, asked in refusals.items():
+        if asked:
+            raise KvplugError(f"kvplug does not serve {what} on CUDA: leave it out.")

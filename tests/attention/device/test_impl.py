@@ -1,0 +1,86 @@
+"""The layer for CUDA attends to the pages that the pipeline on CPU selects, and to no others.
+
+Everything runs in Triton's interpreter on CPU tensors; vLLM's own kernel has a stand-in.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.attention.device.world import SMALL, Shape, World, stand_in
+from tests.made_up import Piece
+
+SHAPES = {
+    "g2": SMALL,
+    "g1": Shape(3, 1, 80, 32),
+    "g3": Shape(1, 3, 96, 32),
+    "g8": Shape(1, 8, 128, 16),
+}
+MIXED = [
+    Piece(0, 150, 1, False),
+    Piece(1, 128, 37, True),  # sparse windows, the last one of 5 tokens
+    Piece(2, 40, 1, False),  # dense
+    Piece(3, 32, 70, True),  # dense, then sparse
+    Piece(4, 201, 1, False),
+]
+FEWER = {name: {"last": 2, "active": 1} for name in ("channels", "simhash")}
+"""Probes of a window."""
+ROUNDING = 2.0**-9
+"""Float16 outputs of about 1, sums of float16 products."""
+
+
+def close(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    return bool((found.double().cpu() - expected).abs().max() < 4 * ROUNDING)
+
+
+@pytest.mark.parametrize("policy", ["channels", "simhash", "streaming"])
+def test_a_mixed_step(policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Decoded tokens, sparse and dense windows in one step; vLLM's kernel has the dense ones."""
+    shape = SHAPES["g2"]
+    stock = stand_in(monkeypatch, shape)
+    world = World(policy, shape, options=FEWER.get(policy, {}))
+    world.fill(MIXED)
+    found = world.step(MIXED)
+    assert close(found, world.expected(MIXED))
+    # The short request, and windows of the fourth: without a budget the second has far pages.
+    assert stock.tokens == [1 + (32 if policy == "streaming" else 64)]
+
+
+@pytest.mark.parametrize(
+    ("name", "layout"), [("g1", "LBNHC"), ("g3", "BLNHC"), ("g8", "LBHNC")], ids=["g1", "g3", "g8"]
+)
+def test_decoding(name: str, layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In every layout that vLLM's cache can have."""
+    shape = SHAPES[name]
+    stand_in(monkeypatch, shape)
+    pieces = [Piece(0, 230, 1, False), Piece(1, 191, 1, False)]
+    world = World("channels", shape, layout)
+    world.fill(pieces)
+    assert close(world.step(pieces), world.expected(pieces))
+
+
+def test_the_same_request_gets_the_same_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the bit: alone or in a batch, and with all windows at once or one after the other."""
+    shape = SHAPES["g2"]
+    stand_in(monkeypatch, shape)
+    world = World("simhash", shape, options=FEWER["simhash"])
+    pieces = [MIXED[0], Piece(1, 128, 37, True), MIXED[4]]
+    world.fill(pieces)
+    together = world.step(pieces).split([piece.tokens for piece in pieces])
+    for piece, found in zip(pieces, together, strict=True):
+        assert torch.equal(world.step([piece]), found)
+    monkeypatch.setattr("kvplug.attention.device.pipeline.SCRATCH", 1)
+    in_turns = world.step(pieces).split([piece.tokens for piece in pieces])
+    assert all(map(torch.equal, in_turns, together))
+
+
+def test_a_profiling_run_and_dense_layers_are_vllms_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = SHAPES["g2"]
+    stock = stand_in(monkeypatch, shape)
+    world = World("dense", shape)
+    world.fill([MIXED[0]])
+    assert close(world.step([MIXED[0]]), world.expected([MIXED[0]]))
+    assert stock.tokens == [1]
+    assert world.impl.stages is None
+    assert world.builder.pipeline.counts.dense_tokens == 150 + 1

@@ -1,0 +1,113 @@
+"""What an engine on CUDA is refused for, in one sentence; the platform is made up."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from vllm.exceptions import VLLMValidationError
+from vllm.platforms import current_platform
+
+from kvplug import startup
+from kvplug.errors import KvplugError
+from kvplug.patches import request_knobs
+from tests.test_startup import engine
+
+
+@pytest.fixture(autouse=True)
+def on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(startup, "_is_on_cpu", lambda: False)
+
+
+def gpu_engine(options: dict[str, Any], **changed: Any) -> Any:
+    config = engine(options, **changed)
+    config.model_config.get_head_size = lambda: 128
+    config.parallel_config.use_ubatching = False
+    return config
+
+
+@pytest.mark.parametrize("policy", ["channels", "simhash", "streaming", "dense"])
+def test_recipes_that_are_served(policy: str) -> None:
+    config = gpu_engine({"policy": policy})
+    startup.adopt(config)
+    assert config.cache_config.block_size == 32
+
+
+@pytest.mark.parametrize(
+    ("options", "what"),
+    [
+        ({"policy": "quest"}, "Index 'minmax'"),
+        ({"policy": "infllm"}, "Index 'representative'"),
+        ({"policy": "emllm"}, "Segment 'surprise'"),
+        ({"policy": "hax"}, "Index 'buckets'"),
+        ({"policy": "channels", "options": {"budget": "top_p"}}, "Budget 'top_p'"),
+        ({"policy": "simhash", "options": {"probe": "mean"}}, "Probe 'mean'"),
+        ({"policy": "channels", "options": {"probe": ["mean", "last_activated"]}}, "Probe "),
+    ],
+    ids=str,
+)
+def test_recipes_that_are_not(options: dict[str, Any], what: str) -> None:
+    with pytest.raises(KvplugError) as caught:
+        startup.adopt(gpu_engine(options))
+    assert str(caught.value).startswith(what)
+    assert "on CUDA choose policy channels, simhash, streaming or dense" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "changed", "what"),
+    [
+        ({"audit": 0.5}, {}, "option audit"),
+        ({"trace": "trace.jsonl"}, {}, "option trace"),
+        ({"offload": {"tier": "host"}}, {}, "option offload"),
+        ({}, {"parallel_config__use_ubatching": True}, "--ubatch-size"),
+        ({}, {"cache_config__block_size": 256, "cache_config__user_specified_block_size": True},
+         "--block-size on CUDA must be one of"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_options_that_are_not_served(
+    options: dict[str, Any], changed: dict[str, Any], what: str
+) -> None:
+    config = gpu_engine(options)
+    for path, value in changed.items():
+        section, _, name = path.partition("__")
+        setattr(getattr(config, section), name, value)
+    with pytest.raises(KvplugError, match=what):
+        startup.adopt(config)
+
+
+def test_drafts_and_odd_heads_are_refused() -> None:
+    config = gpu_engine({})
+    config.speculative_config = object()
+    with pytest.raises(KvplugError, match="--speculative-config"):
+        startup.adopt(config)
+    config = gpu_engine({})
+    config.model_config.get_head_size = lambda: 72
+    with pytest.raises(KvplugError, match="has heads of 72"):
+        startup.adopt(config)
+
+
+def test_attend_is_a_choice_on_cuda_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = gpu_engine({"options": {"attend": "flash"}})
+    startup.adopt(config)
+    monkeypatch.setattr(startup, "_is_on_cpu", lambda: True)
+    with pytest.raises(KvplugError, match="chooses a kernel on CUDA"):
+        startup.adopt(config)
+    with pytest.raises(KvplugError, match="Unknown attend 'flesh'"):
+        startup.adopt(gpu_engine({"options": {"attend": "flesh"}}))
+    with pytest.raises(KvplugError, match="'attend' would have no effect"):
+        startup.adopt(gpu_engine({"policy": "dense", "options": {"attend": "flash"}}))
+
+
+def test_requests_that_ask_for_something_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM's second model runner has no seam to tell the planner of it."""
+    monkeypatch.setattr(request_knobs, "is_selected", lambda config: True)
+    monkeypatch.setattr(type(current_platform), "is_cpu", lambda self: False)
+    config = gpu_engine({})
+    config.model_config.max_model_len = 4096
+    plain = SimpleNamespace(extra_args={"of_another": 1})
+    assert request_knobs._checked(config, plain) is None
+    asking = SimpleNamespace(extra_args={"kvplug_dense": True})
+    with pytest.raises(VLLMValidationError, match="cannot ask kvplug for anything on GPUs yet"):
+        request_knobs._checked(config, asking)
