@@ -6,8 +6,8 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+from kvplug.binding import bind_layers
 from kvplug.patches.record import Patch
-from kvplug.startup import bind_layers
 
 
 def _wrap(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -41,7 +41,7 @@ RANKS: tuple[tuple[str, ...], ...] = (
     ("attended", "knobs", "layer_stages", "machine", "pending", "pipeline", "selection_counts"),
     ("offload", "observe"),
     ("attention",),
-    ("episodes", "startup"),
+    ("binding", "episodes", "startup"),
     ("patches",),
     ("plugin",),
     ("models", "serve", "doctor"),

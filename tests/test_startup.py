@@ -15,7 +15,7 @@ import pytest
 from kvplug.errors import KvplugError
 from kvplug.observe.worker import EXTENSION
 from kvplug.selection import BACKEND_PATH, is_selected, options_of
-from kvplug.startup import _observers, adopt
+from kvplug.startup import adopt
 
 
 def backend(path: str = BACKEND_PATH, name: str = "CUSTOM") -> SimpleNamespace:
@@ -308,16 +308,3 @@ def test_engines_that_surprise_cannot_serve(refine: str, changed: str, words: st
         setattr(getattr(made, section) if section else made, name, 2)
     assert words in refusal(refused)
     adopt(served)
-
-
-@pytest.mark.parametrize(("rank", "index", "traces"), [(0, 0, True), (1, 0, False), (0, 1, False)])
-def test_one_worker_of_all_engines_traces(
-    rank: int, index: int, traces: bool, tmp_path: Path
-) -> None:
-    """They would all make the same file, and vLLM calls each of them engine 0 of 1."""
-    config = engine({"trace": str(tmp_path / "trace.jsonl")})
-    config.model_config.tokenizer = "some-model"
-    config.parallel_config.rank, config.parallel_config.data_parallel_index = rank, index
-    config.parallel_config.data_parallel_rank = 0
-    assert (_observers(config, {}).trace is not None) == traces
-    assert (tmp_path / "trace.jsonl").exists() == traces

@@ -20,8 +20,9 @@ from vllm.v1.kv_cache_layout import KVCacheLayout
 from kvplug.attention.device.impl import DeviceImpl
 from kvplug.attention.device.metadata import DeviceMetadata, DeviceMetadataBuilder
 from kvplug.config import KvplugConfig
+from kvplug.layer_stages import LayerStages
 from kvplug.page_reader import PageReader
-from kvplug.pipeline import LayerStages, Pipeline
+from kvplug.pipeline import Pipeline
 from kvplug.stage import LayerShape
 from kvplug.windows import Batch
 from tests.kernels.conftest import HAS_GPU
