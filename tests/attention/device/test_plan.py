@@ -56,10 +56,11 @@ def test_dense_rows_are_the_rest() -> None:
     dense = plan.dense
     assert dense is not None
     assert dense.tokens.tolist() == [37, *range(38, 38 + 64)]
-    assert dense.request.tolist() == [1, 2]
-    assert dense.query_start.tolist() == [0, 1, 65]
-    assert dense.seq_lens.tolist() == [41, 96]
-    assert (dense.longest, dense.longest_context) == (64, 96)
+    # The last one's windows up to `dense_below`, and one that has budget for all of its pages.
+    assert dense.request.tolist() == [1, 2, 2]
+    assert dense.query_start.tolist() == [0, 1, 33, 65]
+    assert dense.seq_lens.tolist() == [41, 64, 96]
+    assert (dense.longest, dense.longest_context) == (32, 96)
 
 
 @pytest.mark.parametrize("pieces", [[Piece(0, 0, 60, True)], [Piece(1, 40, 1, False)]], ids=str)
