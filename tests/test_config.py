@@ -120,6 +120,9 @@ def test_a_bad_value_is_named_with_its_limit(field: str, value: Any, limit: str)
         ({"tier": "host", "hot_gib": 0}, "offload.hot_gib (GiB"),
         ({"tier": "host", "cold_gib": -1}, "greater than 0"),
         ({"tier": "host", "eviction": "fifo"}, "offload.eviction (which hot page gives way"),
+        ({"tier": "host", "prefetch": ["next"]}, "'last', 'events' or 'next_layer'"),
+        ({"tier": "host", "prefetch": "last"}, "offload.prefetch (pages read ahead of need"),
+        ({"tier": "host", "prefetch": ["last", "last"]}, "names something twice"),
         ({"tier": "host", "hot": 1}, "did you mean 'hot_gib'?"),
     ],
 )

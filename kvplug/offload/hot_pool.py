@@ -53,7 +53,7 @@ class HotPool:
         options, self.links = store.offload, links
         cold = single_head_view(kv_cache)
         entries, _, page, width = cold.shape
-        self.num_entries = entries
+        self.shape = kv_cache.shape
         self.page, self.num_kv_heads = page, kv_cache.shape[1]
         self.pages = huge_zeros((slots, 1, page, width), kv_cache.dtype)
         """``[slots, 1, P, 2 * D]``: a cache of single heads, as the kernel wants it."""

@@ -156,8 +156,7 @@ def make_pools(vllm_config: Any, layers: dict[int, Any]) -> dict[int, HotPool]:
             links = Links(pages)
         pools[number] = HotPool(layer.kv_cache, store, min(slots, pages * heads), links)
     if "next_layer" in config.offload.prefetch:
-        for number, pool in pools.items():
-            pool.next = _next_pool(pools, number)
+        chain_pools(pools)
     hot = sum(pool.nbytes() for pool in pools.values())
     logger.info(
         "kvplug offloads to %s: %.2f GiB of pages in %d layers, %.2f GiB of them hot.",
@@ -179,9 +178,21 @@ def find_events(pool: HotPool, common: Mapping[type, Any]) -> None:
         pool.links.events = common.get(EventStarts)
 
 
-def _next_pool(pools: dict[int, HotPool], number: int) -> HotPool | None:
-    """The pool of the next layer, if it has as many pages and KV heads; a layer may be dense."""
-    mine, following = pools[number], pools.get(number + 1)
-    if following is None or following.num_entries != mine.num_entries:
-        return None
-    return following if following.num_kv_heads == mine.num_kv_heads else None
+def chain_pools(pools: dict[int, HotPool]) -> None:
+    """Tells each pool which one is the next layer's, where that has as many pages and KV heads.
+
+    Args:
+        pools: By the layer's number.
+
+    Raises:
+        KvplugError: None has a next one.
+    """
+    for number, pool in pools.items():
+        following = pools.get(number + 1)
+        if following is not None and following.shape == pool.shape:
+            pool.next = following
+    if not any(pool.next for pool in pools.values()):
+        raise KvplugError(
+            "kvplug option offload.prefetch names 'next_layer', and this model has no two layers "
+            "one after the other that retrieve: leave it out."
+        )
