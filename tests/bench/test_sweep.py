@@ -75,7 +75,8 @@ class Layer:
         self.kv_cache = torch.zeros(world.num_pages, world.num_kv_heads, world.page, 2)
         self.impl = SimpleNamespace(
             pipeline=world.pipeline, stages=stages, cache=None, scale=1.0,
-            logits_soft_cap=0.0, observer=None, fixed=None, attend=SimpleNamespace(reader=lambda _: "reader"),
+            logits_soft_cap=0.0, observer=None, fixed=None,
+            attend=SimpleNamespace(reader=lambda _: "reader"),
         )  # fmt: skip
 
 
