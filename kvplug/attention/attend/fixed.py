@@ -101,8 +101,9 @@ class FixedAttend:
             windows: Which.
             workspace: Where keys and values are unpacked.
         """
-        with rounding(self._rounds):
-            for s in windows:
+        for s in windows:
+            # Rounding is a pass over keys and values, which single queries do not make up for.
+            with rounding(self._rounds and int(table.step.windows.num_tokens[s]) > 1):
                 self._window(query, output, table, pages, int(s), workspace)
 
     def warm_up(self) -> None:
@@ -173,9 +174,9 @@ class FixedAttend:
             values = self._values.read(block, workspace).view(shape)
             if end > mixed:
                 # What a page's unwritten end held before may be no number, and counts 0 times.
-                unwritten = (at > asked[-1])[:, :, None]
-                keys.masked_fill_(unwritten, 0)
-                values.masked_fill_(unwritten, 0)
+                behind = (at[:, -page:] > asked[-1])[:, :, None]
+                keys[:, -page:].masked_fill_(behind, 0)
+                values[:, -page:].masked_fill_(behind, 0)
             logits = self._logits(near, far, keys, at, asked, end > mixed)
             running = running.take_in(logits, values)
         found = running.output / running.total
