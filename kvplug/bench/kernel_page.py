@@ -39,9 +39,9 @@ model runner, its compiler and its own Triton kernel were not part of that.
 or 128 tokens; heads of 64, 80, 96, 128 or 256; bfloat16 and float16. Refused in one sentence: \
 other stages, offload, audits, traces, speculative decoding, microbatches, context parallelism, \
 quantised caches, and requests that ask for a budget of their own.
-* Selected pages are attended to by kvplug's own kernel, or with `--options \
-'{"attend": "flash"}'` by vLLM's FlashAttention through a view of single heads' pages. Of that \
-function only a stand-in was ever called.
+* Selected pages are attended to by kvplug's own kernel, or with `attend` set to \
+`flash` among the recipe's options by vLLM's FlashAttention, through a view of single heads' \
+pages. Of that function only a stand-in was ever called.
 * The host cuts windows from lengths, and reads neither block tables nor slots nor scores back. \
 Windows that attend to everything are vLLM's own kernel's, beside sparse ones by themselves.
 * Keys are summarised as they are written, so contexts below `dense_below` pay for that too.
@@ -51,7 +51,7 @@ takes 7.0% of the bytes of keys and values, `simhash` 1.6%. vLLM does not count 
 * CUDA graphs of attention are declared unsupported. Kernels are compiled when they are first \
 called. Windows whose scores are not finite are not counted.
 * After a preemption vLLM's second model runner reads decoded tokens back as if they were prompt, \
-in whole windows, so such a request may get another answer than it would have got."""
+in windows, so such a request may get another answer than it would have got."""
 SANITIZER = """\
 ## Memory errors
 

@@ -12,6 +12,7 @@ import torch
 
 from kvplug.attention.device.memory import DeviceMemory, first_pages, make_memory
 from kvplug.attention.device.plan import DevicePlan, Lengths, SparseWindows, make_plan
+from kvplug.config import KvplugConfig
 from kvplug.kernels.distance import QueryWindows
 from kvplug.kernels.last_activated import last_activated
 from kvplug.kernels.page_rows import Contexts, PageRows, page_rows
@@ -22,7 +23,6 @@ from kvplug.probe.last_activated import LastAndActivatedProbe
 from kvplug.selection_counts import SelectionCounts
 
 if TYPE_CHECKING:
-    from kvplug.config import KvplugConfig
     from kvplug.kernels.paged_attention import PagedCache
     from kvplug.pages import PageGeometry
     from kvplug.stage import LayerShape
@@ -149,6 +149,16 @@ class DevicePipeline:
         """Of a context, that are learnt from when all are there."""
         self.trace: Any = None
         """Nothing is traced on a GPU."""
+
+    def set_budget(self, tokens: int) -> None:
+        """Gives windows another budget from the next step on, as the pipeline on CPU does.
+
+        Raises:
+            KvplugError: It does not fit the page; the old one then stays.
+        """
+        config = KvplugConfig.parse({**self.config.model_dump(), "budget": tokens})
+        self.geometry = region_sizes(config, self.geometry.page)
+        self.config = config
 
     def make_layer(self, shape: LayerShape, cache: PagedCache) -> DeviceLayer:
         """A layer, with what it remembers."""

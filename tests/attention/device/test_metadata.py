@@ -108,3 +108,12 @@ def test_memory_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(world.builder.pipeline, "make_layer", full)
     with pytest.raises(KvplugError, match="lower --gpu-memory-utilization"):
         world.impl.bind(world.cache, world.geometry)
+
+
+def test_another_budget() -> None:
+    pipeline = World("simhash").builder.pipeline
+    pipeline.set_budget(64)
+    assert pipeline.geometry.budget_pages == 4
+    with pytest.raises(KvplugError, match="at least one page"):
+        pipeline.set_budget(8)
+    assert pipeline.geometry.budget_pages == 4
