@@ -9,6 +9,7 @@ from kvplug.errors import KvplugError
 from kvplug.index.channels import Channels
 from kvplug.index.simhash import SimHash
 from kvplug.kernels.checks import HEAD_DIMS
+from kvplug.kernels.distance import LONGEST_WINDOW
 from kvplug.probe.last_activated import LastAndActivatedProbe
 from kvplug.select.top_pages import TopPages
 
@@ -66,6 +67,11 @@ def check_engine(vllm_config: Any, config: KvplugConfig, stages: Stages, page: i
     check_recipe(stages)
     if page not in PAGES:
         raise KvplugError(f"--block-size on CUDA must be one of {PAGES} for kvplug, not {page}.")
+    if config.window > LONGEST_WINDOW:
+        raise KvplugError(
+            f"kvplug option window={config.window} is more than its kernels take: up to "
+            f"{LONGEST_WINDOW} on CUDA."
+        )
     dim = vllm_config.model_config.get_head_size()
     if dim not in HEAD_DIMS:
         raise KvplugError(

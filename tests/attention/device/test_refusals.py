@@ -59,6 +59,7 @@ def test_recipes_that_are_not(options: dict[str, Any], what: str) -> None:
     [
         ({"audit": 0.5}, {}, "option audit"),
         ({"trace": "trace.jsonl"}, {}, "option trace"),
+        ({"window": 16384}, {}, "window=16384 is more than its kernels take: up to 8192"),
         ({"offload": {"tier": "host"}}, {}, "option offload"),
         ({}, {"parallel_config__use_ubatching": True}, "--ubatch-size"),
         ({}, {"cache_config__block_size": 256, "cache_config__user_specified_block_size": True},
