@@ -68,7 +68,7 @@ def _wrap_init(original: Callable[..., Any]) -> Callable[..., Any]:
             margin = stages.hit_margin(config.local, config.window)
             setattr(self.kv_cache_manager, whole_hits.WINDOW, config.window)
             setattr(self.kv_cache_manager.coordinator, whole_hits.WINDOW, config.window)
-            setattr(self.kv_cache_manager, whole_hits.MARGIN, margin)
+            setattr(self.kv_cache_manager.coordinator, whole_hits.MARGIN, margin)
             self.need_mamba_block_aligned_split = True
             if config.offload is not None:
                 # Blocks of a broken disk would be computed, written and lost again.

@@ -1,12 +1,14 @@
-"""Ends prefix hits at whole, finished windows, each of them cached in one piece.
+"""Caches prefixes in whole, finished windows, and ends hits at whole windows.
 
 A hit that ends inside a window would leave a part of it to be probed with other queries than the
-whole one. And some recipes complete what they store for a page from later queries, up to the size
-of the local region (InfLLM's accumulated attention, say): the last pages of a cached prefix then
-depend on how the request that left them went on, and a hit must end before them.
+whole one. And pages of a prompt's partial last window were probed as such, and must not become the
+beginning of another request's whole one.
 
-Pages are cached window by window: those of a prompt's partial last window were probed as such, and
-must not become the beginning of another request's whole one.
+Some recipes complete what they store for a page from later queries, up to the size of the local
+region (InfLLM's accumulated attention, say). Such a page is cached once its own request has gone
+that much further. To end hits before the end of what is cached would not do: vLLM's cache may hold
+a page twice, put together a prefix of pages of several requests, and among them one whose request
+was preempted or aborted before the page was finished.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from kvplug.patches.record import Patch
 WINDOW = "kvplug_window"
 """Attribute of a cache manager and its coordinator that serve kvplug: tokens of a window."""
 MARGIN = "kvplug_margin"
-"""Another: tokens, in whole windows, by which a hit ends before the cached prefix does."""
+"""Attribute of such a coordinator: tokens, in whole windows, that a page is finished by."""
 
 
 def _wrap(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -30,7 +32,7 @@ def _wrap(original: Callable[..., Any]) -> Callable[..., Any]:
         window = getattr(self, WINDOW, None)
         if window is None or not tokens:
             return blocks, tokens, boundary
-        wanted = max(tokens - getattr(self, MARGIN), 0) // window * window
+        wanted = tokens // window * window
         while tokens > wanted:
             # Looked up again and not cut: groups with a sliding window keep other blocks for a
             # shorter hit, and may make it shorter still.
@@ -45,8 +47,11 @@ def _wrap(original: Callable[..., Any]) -> Callable[..., Any]:
 def _wrap_cache(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def cache_blocks(self: Any, request: Any, num_computed_tokens: int) -> None:
-        window = getattr(self, WINDOW, None) or 1
-        original(self, request, num_computed_tokens // window * window)
+        window = getattr(self, WINDOW, None)
+        if window is not None:
+            finished = max(num_computed_tokens - getattr(self, MARGIN), 0)
+            num_computed_tokens = finished // window * window
+        original(self, request, num_computed_tokens)
 
     return cache_blocks
 
@@ -56,18 +61,18 @@ PATCHES = [
         target="vllm.v1.core.kv_cache_coordinator:KVCacheCoordinator.cache_blocks",
         vllm=">=0.32,<0.33",
         why="Pages of a partial window would be shared as the beginning of a whole one, which was "
-        "probed with other queries.",
+        "probed with other queries; and a recipe that learns from later queries would share "
+        "unfinished pages.",
         upstream="https://github.com/vllm-project/vllm/issues/57566",
-        remove_when="An attention backend can say in what units a prefix may be cached.",
+        remove_when="An attention backend can say in what units, and when, a prefix may be cached.",
         fingerprint="8a801b2adf06ab1a",
         wrap=_wrap_cache,
     ),
     Patch(
         target="vllm.v1.core.kv_cache_manager:KVCacheManager.get_computed_blocks",
         vllm=">=0.32,<0.33",
-        why="A window entered half way would be probed with other queries, and a recipe that "
-        "learns from later queries would share unfinished pages: a request would get another "
-        "answer on a prefix hit than cold.",
+        why="A window entered half way would be probed with other queries: a request would get "
+        "another answer on a prefix hit than cold.",
         upstream="https://github.com/vllm-project/vllm/issues/57566",
         remove_when="An attention backend can say how much of a cached prefix it can reuse.",
         fingerprint="77f434d88d573bfe",

@@ -81,10 +81,10 @@ class Stages:
         return [stage for stage in stages if stage is not None]
 
     def hit_margin(self, local: int, window: int) -> int:
-        """Tokens, in whole windows, by which a prefix hit must end before the cached prefix does.
+        """Tokens, in whole windows, that a request must be ahead of pages for others to share them.
 
-        Where a page is finished only once the local region has passed it, the last pages of a
-        cached prefix may still hold what another request's continuation made of them.
+        Where a page is finished only once the local region has passed it, a request's last pages
+        still depend on how it goes on.
 
         Args:
             local: Tokens of the local region.

@@ -35,20 +35,15 @@ REQUEST = SimpleNamespace(block_hashes=list(range(30)), num_tokens=1900)
 get_computed_blocks = whole_hits._wrap(Manager.get_computed_blocks)
 
 
-def serving(window: int, margin: int = 0, **manager: Any) -> Any:
+def serving(window: int, **manager: Any) -> Any:
     made = Manager(**manager)
     setattr(made, whole_hits.WINDOW, window)
-    setattr(made, whole_hits.MARGIN, margin)
     return made
 
 
-@pytest.mark.parametrize(
-    ("window", "margin", "blocks"),
-    [(64, 0, 10), (128, 0, 10), (256, 0, 8), (192, 0, 9), (6400, 0, 0),
-     (64, 64, 9), (128, 128, 8), (256, 256, 4), (64, 640, 0), (64, 6400, 0)],
-)  # fmt: skip
-def test_hits_end_at_windows_a_margin_earlier(window: int, margin: int, blocks: int) -> None:
-    found, tokens, _ = get_computed_blocks(serving(window, margin), REQUEST)
+@pytest.mark.parametrize(("window", "blocks"), [(64, 10), (128, 10), (256, 8), (192, 9), (6400, 0)])
+def test_hits_end_at_windows(window: int, blocks: int) -> None:
+    found, tokens, _ = get_computed_blocks(serving(window), REQUEST)
     assert (found, tokens) == ((list(range(blocks)),), blocks * BLOCK)
     assert tokens % window == 0
 
@@ -67,7 +62,7 @@ def test_groups_that_make_a_hit_shorter_still() -> None:
 
 
 def test_no_hit_stays_none() -> None:
-    assert get_computed_blocks(serving(128, 128, cached=0), REQUEST) == (([],), 0, 7)
+    assert get_computed_blocks(serving(128, cached=0), REQUEST) == (([],), 0, 7)
 
 
 def test_others_are_left_alone() -> None:
@@ -76,10 +71,14 @@ def test_others_are_left_alone() -> None:
 
 
 @pytest.mark.parametrize(
-    ("window", "computed", "cached"),
-    [(None, 300, 300), (256, 300, 256), (256, 256, 256), (256, 255, 0), (64, 700, 640)],
-)
-def test_windows_are_cached_in_one_piece(window: int | None, computed: int, cached: int) -> None:
+    ("window", "margin", "computed", "cached"),
+    [(None, 0, 300, 300), (256, 0, 300, 256), (256, 0, 256, 256), (256, 0, 255, 0),
+     (64, 0, 700, 640), (64, 64, 700, 576), (256, 512, 1024, 512), (256, 512, 1023, 256),
+     (256, 512, 300, 0)],
+)  # fmt: skip
+def test_finished_windows_are_cached_in_one_piece(
+    window: int | None, margin: int, computed: int, cached: int
+) -> None:
     found = []
 
     class Coordinator:
@@ -89,5 +88,6 @@ def test_windows_are_cached_in_one_piece(window: int | None, computed: int, cach
     coordinator = Coordinator()
     if window is not None:
         setattr(coordinator, whole_hits.WINDOW, window)
+        setattr(coordinator, whole_hits.MARGIN, margin)
     whole_hits._wrap_cache(Coordinator.cache_blocks)(coordinator, "r", computed)
     assert found == [("r", cached)]
