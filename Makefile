@@ -41,7 +41,7 @@ $(PEERS): tools/setup_peers.sh | setup
 LAB := .venv/bin/kvplug eval bundled --contexts 8192,32768 --write docs/quality.md
 
 quality: setup
-	$(LAB) --examples 2 --policies channels,random-pages --budgets 1472 --answers out/quality.jsonl
+	$(LAB) --examples 3 --policies channels,random-pages --budgets 1472 --answers out/quality.jsonl
 
 # About 26,000 answers; at the 2.2 s of the reduced run's 288, sixteen hours on two cores. It resumes.
 quality-full: peers
