@@ -291,7 +291,7 @@ class Stage(ABC):
     """Features that other stages may need."""
     lookahead: ClassVar[bool] = False
     """Whether what it stores for a page depends on later queries, up to the local region's size.
-    A prefix hit then ends that much earlier, so that only finished pages are shared."""
+    Pages are then shared only by requests whose texts agree that much further."""
 
     @abstractmethod
     def for_layer(self, layer: Layer) -> Any:

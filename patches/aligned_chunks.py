@@ -66,9 +66,9 @@ def _wrap_init(original: Callable[..., Any]) -> Callable[..., Any]:
             setattr(self, LIMIT, limit)
             setattr(self, DENSE_BELOW, config.dense_below)
             margin = stages.hit_margin(config.local, config.window)
-            setattr(self.kv_cache_manager, whole_hits.WINDOW, config.window)
-            setattr(self.kv_cache_manager.coordinator, whole_hits.WINDOW, config.window)
-            setattr(self.kv_cache_manager.coordinator, whole_hits.MARGIN, margin)
+            for part in (self.kv_cache_manager, self.kv_cache_manager.coordinator):
+                setattr(part, whole_hits.WINDOW, config.window)
+                setattr(part, whole_hits.MARGIN, margin)
             self.need_mamba_block_aligned_split = True
             if config.offload is not None:
                 # Blocks of a broken disk would be computed, written and lost again.

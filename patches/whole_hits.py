@@ -5,10 +5,11 @@ whole one. And pages of a prompt's partial last window were probed as such, and 
 beginning of another request's whole one.
 
 Some recipes complete what they store for a page from later queries, up to the size of the local
-region (InfLLM's accumulated attention, say). Such a page is cached once its own request has gone
-that much further. To end hits before the end of what is cached would not do: vLLM's cache may hold
-a page twice, put together a prefix of pages of several requests, and among them one whose request
-was preempted or aborted before the page was finished.
+region (InfLLM's accumulated attention, say). Such a page belongs to the text up to where it is
+finished: it is cached once its request has come that far, under the hash of all of that text. To
+end hits that much earlier would not do: vLLM's cache may hold a page twice and put together a
+prefix of pages of several requests, some of which went on in another way right behind the page, or
+were preempted before it was finished.
 """
 
 from __future__ import annotations
@@ -22,14 +23,43 @@ from kvplug.patches.record import Patch
 WINDOW = "kvplug_window"
 """Attribute of a cache manager and its coordinator that serve kvplug: tokens of a window."""
 MARGIN = "kvplug_margin"
-"""Attribute of such a coordinator: tokens, in whole windows, that a page is finished by."""
+"""Another: tokens, in whole windows, behind a page by which it is finished."""
+
+
+class Ahead:
+    """A request whose blocks have the hashes of blocks that come later.
+
+    Args:
+        request: vLLM's.
+        blocks: How much later.
+    """
+
+    def __init__(self, request: Any, blocks: int) -> None:
+        """Holds its arguments."""
+        self._request, self._blocks = request, blocks
+
+    def __getattr__(self, name: str) -> Any:
+        """Everything else is the request's."""
+        return getattr(self._request, name)
+
+    @property
+    def block_hashes(self) -> Any:
+        """Hash of each block: of the text up to the end of the later one."""
+        return self._request.block_hashes[self._blocks :]
+
+
+def _ahead(request: Any, margin: int, block_pool: Any) -> Any:
+    """The request as its pages are cached and found."""
+    return Ahead(request, margin // block_pool.hash_block_size) if margin else request
 
 
 def _wrap(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def get_computed_blocks(self: Any, request: Any) -> tuple[Any, int, int]:
-        blocks, tokens, boundary = original(self, request)
         window = getattr(self, WINDOW, None)
+        if window is not None:
+            request = _ahead(request, getattr(self, MARGIN), self.block_pool)
+        blocks, tokens, boundary = original(self, request)
         if window is None or not tokens:
             return blocks, tokens, boundary
         wanted = tokens // window * window
@@ -49,8 +79,9 @@ def _wrap_cache(original: Callable[..., Any]) -> Callable[..., Any]:
     def cache_blocks(self: Any, request: Any, num_computed_tokens: int) -> None:
         window = getattr(self, WINDOW, None)
         if window is not None:
-            finished = max(num_computed_tokens - getattr(self, MARGIN), 0)
-            num_computed_tokens = finished // window * window
+            margin = getattr(self, MARGIN)
+            num_computed_tokens = max(num_computed_tokens - margin, 0) // window * window
+            request = _ahead(request, margin, self.block_pool)
         original(self, request, num_computed_tokens)
 
     return cache_blocks

@@ -81,10 +81,11 @@ class Stages:
         return [stage for stage in stages if stage is not None]
 
     def hit_margin(self, local: int, window: int) -> int:
-        """Tokens, in whole windows, that a request must be ahead of pages for others to share them.
+        """Tokens, in whole windows, behind a page that decide what is stored for it.
 
-        Where a page is finished only once the local region has passed it, a request's last pages
-        still depend on how it goes on.
+        Where a page is finished only once the local region has passed it, queries of every window
+        count that begins no further behind it than that, to the window's end. So requests share
+        pages up to this much before their texts part.
 
         Args:
             local: Tokens of the local region.
@@ -92,7 +93,7 @@ class Stages:
         """
         if not any(stage.lookahead for stage in self.all()):
             return 0
-        return -(-local // window) * window
+        return (-(-local // window) + 1) * window
 
 
 @dataclass(frozen=True)

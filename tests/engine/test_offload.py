@@ -78,6 +78,17 @@ def test_a_random_schedule(recall_model, prompts, truth, tmp_path_factory, prefe
         assert result["pools"][1]["prefetch_hits_next_layer"] > 0
 
 
+def test_a_recipe_that_looks_ahead_answers_alike_in_any_cache(recall_model, prompts):
+    """Pages depend on queries behind them, in which requests differ that share them."""
+    memory: dict[str, Any] = {"offload": None, "policy": "emllm"}
+    roomy = served(recall_model, prompts, seed=1, steps=100, **{**memory, "blocks": 4000})
+    tight = served(recall_model, prompts, seed=2, steps=300, **memory)
+    for number, answers in tight["answers"].items():
+        assert all(answer == roomy["answers"][number][0] for answer in answers)
+    assert tight["preempted"] > 3
+    assert tight["hits"] > 3
+
+
 def test_a_failing_disk_fails_those_who_need_it(recall_model, prompts, truth, tmp_path_factory):
     result = served(
         recall_model, prompts, offload=offload(tmp_path_factory), seed=3, steps=160, fault=60

@@ -17,6 +17,7 @@ class Manager:
 
     def __init__(self, cached: int = 10) -> None:
         self.cached = cached
+        self.block_pool = SimpleNamespace(hash_block_size=BLOCK)
         self.coordinator = SimpleNamespace(find_longest_cache_hit=self.find)
 
     def find(self, hashes: list[int], longest: int) -> tuple[tuple[list[int]], int, int]:
@@ -35,9 +36,10 @@ REQUEST = SimpleNamespace(block_hashes=list(range(30)), num_tokens=1900)
 get_computed_blocks = whole_hits._wrap(Manager.get_computed_blocks)
 
 
-def serving(window: int, **manager: Any) -> Any:
+def serving(window: int, margin: int = 0, **manager: Any) -> Any:
     made = Manager(**manager)
     setattr(made, whole_hits.WINDOW, window)
+    setattr(made, whole_hits.MARGIN, margin)
     return made
 
 
@@ -46,6 +48,11 @@ def test_hits_end_at_windows(window: int, blocks: int) -> None:
     found, tokens, _ = get_computed_blocks(serving(window), REQUEST)
     assert (found, tokens) == ((list(range(blocks)),), blocks * BLOCK)
     assert tokens % window == 0
+
+
+def test_pages_are_found_by_the_text_up_to_where_they_are_finished() -> None:
+    found, tokens, _ = get_computed_blocks(serving(128, 2 * BLOCK), REQUEST)
+    assert (found, tokens) == ((list(range(2, 12)),), 10 * BLOCK)
 
 
 def test_groups_that_make_a_hit_shorter_still() -> None:
@@ -82,12 +89,14 @@ def test_finished_windows_are_cached_in_one_piece(
     found = []
 
     class Coordinator:
+        block_pool = SimpleNamespace(hash_block_size=BLOCK)
+
         def cache_blocks(self, request: Any, num_computed_tokens: int) -> None:
-            found.append((request, num_computed_tokens))
+            found.append((request.block_hashes[0], request.num_tokens, num_computed_tokens))
 
     coordinator = Coordinator()
     if window is not None:
         setattr(coordinator, whole_hits.WINDOW, window)
         setattr(coordinator, whole_hits.MARGIN, margin)
-    whole_hits._wrap_cache(Coordinator.cache_blocks)(coordinator, "r", computed)
-    assert found == [("r", cached)]
+    whole_hits._wrap_cache(Coordinator.cache_blocks)(coordinator, REQUEST, computed)
+    assert found == [(margin // BLOCK, 1900, cached)]

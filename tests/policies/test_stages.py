@@ -291,7 +291,7 @@ def test_parts_of_a_union_count() -> None:
         return Stages(MinMax(), UnionProbe((MeanProbe(), probe)))
 
     assert joined(MeanProbe()).hit_margin(20, 16) == 0
-    assert joined(Forward()).hit_margin(20, 16) == 32
+    assert joined(Forward()).hit_margin(20, 16) == 48
     with pytest.raises(KvplugError, match="Probe 'demanding' needs a segment stage to probe them"):
         joined(Demanding())
 
