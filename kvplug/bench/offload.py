@@ -54,7 +54,7 @@ def measure(
     crowd = replace(job, contexts=[context], batches=[requests], repeats=1)
     stock = replace(crowd, policy=STOCK, options={}, kv_gib=memory)
     rows += _run("many", f"stock vLLM, {memory} GiB", stock, say)
-    offload = _disk(folder, memory / 2, 2 * together)
+    offload = _disk(folder, memory / 2, max(2 * together, memory))
     crowd = replace(crowd, options=_with(job.options, offload))
     rows += _run("many", f"on disk, {memory / 2:g} GiB hot", crowd, say)
     return [_with_ratios(row, rows) for row in rows]
