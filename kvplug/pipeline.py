@@ -52,6 +52,11 @@ class Plan(NamedTuple):
     moved: Ints = NONE
     """Windows that are attended at fixed positions."""
 
+    @property
+    def by_kernel(self) -> bool:
+        """Whether the kernel attends: to every window then, and what is moved is written over."""
+        return len(self.moved) < len(self.step.windows)
+
 
 class Pipeline:
     """Selects pages for the layers of one model.

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from vllm.v1.attention.backend import AttentionType
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
 
 from kvplug.attention.attend.coarse import CoarseMerge
 from kvplug.attention.attend.cpu import CpuAttend, SingleHeadCache
 from kvplug.attention.attend.fixed import FixedAttend
+from kvplug.attention.layer_refusals import refuse_layer
 from kvplug.errors import KvplugError
 from kvplug.pipeline import Pipeline
 from kvplug.stage import LayerShape
@@ -37,15 +37,7 @@ class KvplugImpl(CPUAttentionBackendImpl):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """Refuses what it cannot serve, before weights are loaded."""
         super().__init__(*args, **kwargs)
-        refusals = {
-            "ALiBi position biases": self.alibi_slopes is not None,
-            "attention sinks": self.sinks is not None,
-            "encoder or cross attention": self.attn_type != AttentionType.DECODER,
-            "KV caches shared between layers": self.kv_sharing_target_layer_name is not None,
-        }
-        for what, present in refusals.items():
-            if present:
-                raise KvplugError(f"kvplug cannot serve this model: it has {what}.")
+        refuse_layer(self)
         self.pipeline: Pipeline | None = None
         self.attend: CpuAttend | None = None
         self.stages: LayerStages | None = None
@@ -141,8 +133,7 @@ class KvplugImpl(CPUAttentionBackendImpl):
         assert plan.table is not None
         workspace, table = self._pipeline.workspace, plan.table
         scaling, calls = (self.scale, self.logits_soft_cap, scales), metadata.calls
-        # The kernel serves them all, or none: what is moved is written over.
-        by_kernel = len(plan.moved) < len(plan.step.windows)
+        by_kernel = plan.by_kernel
         if by_kernel and self._pipeline.stages.budget.varies:
             calls = self.attend.schedule(table.rows())
         if self.hot is not None:

@@ -122,6 +122,6 @@ class KvplugMetadataBuilder(CPUAttentionMetadataBuilder):
         self.counts = None  # what a drafter attends to is nobody's
         plan = self.pipeline.plan(batch)
         metadata.plan, metadata.pipeline = plan, self.pipeline
-        if plan is not None and plan.table and len(plan.moved) < len(plan.step.windows):
+        if plan is not None and plan.table is not None and plan.by_kernel:
             metadata.calls = self.attend.schedule(plan.table.rows())
         return metadata

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from vllm.v1.attention.backend import AttentionType
 from vllm.v1.attention.backends.triton_attn import TritonAttentionImpl
 
 from kvplug.attention.attend.flash import FlashAttend, vllm_function
 from kvplug.attention.attend.triton import TritonAttend, cache_of
+from kvplug.attention.layer_refusals import refuse_layer
 from kvplug.errors import KvplugError
 
 if TYPE_CHECKING:
@@ -33,16 +33,7 @@ class DeviceImpl(TritonAttentionImpl):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """Refuses what it cannot serve, before weights are loaded."""
         super().__init__(*args, **kwargs)
-        refusals = {
-            "ALiBi position biases": self.alibi_slopes is not None,
-            "attention sinks": self.sinks is not None,
-            "encoder or cross attention": self.attn_type != AttentionType.DECODER,
-            "KV caches shared between layers": self.kv_sharing_target_layer_name is not None,
-            "chunked local attention": self.chunk_lookback >= 0,
-        }
-        for what, present in refusals.items():
-            if present:
-                raise KvplugError(f"kvplug cannot serve this model: it has {what}.")
+        refuse_layer(self, chunked_local_attention=self.chunk_lookback >= 0)
         self.pipeline: DevicePipeline | None = None
         self.attend: TritonAttend | FlashAttend | None = None
         self.stages: DeviceLayer | None = None
