@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import shlex
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,6 +15,7 @@ import typer
 from rich.table import Table
 
 from kvplug.bench.kernels import command as kernel_command
+from kvplug.bench.speed_table import Rows, speed_table
 from kvplug.config import DEFAULT_POLICY, json_object
 from kvplug.console import out, progress
 from kvplug.options import ChunkOption, EagerOption, JsonFlag, PageOption, group_of, numbers
@@ -25,6 +29,19 @@ DecodedOption = Annotated[int, typer.Option(min=8, help="Tokens decoded per requ
 ContextsOption = Annotated[str, typer.Option(help="Prompt lengths, with commas.")]
 RepeatsOption = Annotated[int, typer.Option(min=1, help="Medians are of this many.")]
 DenseRepeatsOption = Annotated[int, typer.Option(help="Repeats of stock vLLM; 0: as others.")]
+
+
+@contextmanager
+def told(as_json: bool, draw: Callable[[Rows], Table]) -> Iterator[Rows]:
+    """A list that is told at the end, also where measuring breaks off: what there is counts."""
+    rows: Rows = []
+    try:
+        yield rows
+    finally:
+        if rows and as_json:
+            print(json.dumps(rows))
+        elif rows:
+            out.print(draw(rows))
 
 
 @benches.command("policies")
@@ -53,18 +70,10 @@ def bench(
         "", model, numbers(contexts), numbers(batches), repeats, page, chunk, decoded, eager,
         needles, {"budget": budget, **json_object(options, "--options")},
     )  # fmt: skip
-    with progress() as say:
-        rows = compare(job, policies.split(","), dense_repeats or repeats, say)
-    if as_json:
-        print(json.dumps(rows))
-        return
     kinds = " ".join(f"{name} {version}" for name, version in versions().items())
-    table = Table(title=f"{model}, {num_threads()} threads, medians of {repeats}; {kinds}")
-    for column in rows[0]:
-        table.add_column(column.replace("_", " "))
-    for row in rows:
-        table.add_row(*(f"{v:.2f}" if isinstance(v, float) else str(v) for v in row.values()))
-    out.print(table)
+    title = f"{model}, {num_threads()} threads, medians of {repeats}; {kinds}"
+    with told(as_json, partial(speed_table, title, ("policy",))) as rows, progress() as say:
+        compare(job, policies.split(","), dense_repeats or repeats, say, rows)
 
 
 @benches.command("recipes")
@@ -147,17 +156,9 @@ def bench_offload(
         policy, "recall", [context], [1], repeats, 32, 4096, 64, eager=False, needles=0,
         options={"budget": budget},
     )  # fmt: skip
-    with progress() as say:
-        rows = measure(job, folder, (requests, each), say)
-    if as_json:
-        print(json.dumps(rows))
-        return
-    table = Table(title=f"{policy}, budget {budget}, {num_threads()} threads, medians of {repeats}")
-    for column in rows[0]:
-        table.add_column(column.replace("_", " "))
-    for row in rows:
-        table.add_row(*(f"{v:.3g}" if isinstance(v, float) else str(v) for v in row.values()))
-    out.print(table)
+    title = f"{policy}, budget {budget}, {num_threads()} threads, medians of {repeats}"
+    with told(as_json, partial(speed_table, title, ("cell", "cache"))) as rows, progress() as say:
+        measure(job, folder, (requests, each), say, rows)
 
 
 @benches.command("profile")

@@ -12,8 +12,9 @@ from kvplug.policies import check
 
 
 def compare(
-    job: Job, policies: Sequence[str], dense_repeats: int, say: Callable[[str], None]
-) -> list[dict[str, Any]]:
+    job: Job, policies: Sequence[str], dense_repeats: int, say: Callable[[str], None],
+    rows: list[dict[str, Any]],
+) -> None:  # fmt: skip
     """Measures the baseline first, then every policy, each in a process of its own.
 
     Args:
@@ -21,10 +22,9 @@ def compare(
         policies: Recipes, STOCK, UNSELECTED. The baseline is added if it is missing.
         dense_repeats: Times each cell of the baseline is measured.
         say: Told of each finished cell.
-
-    Returns:
-        The rows of the public interface, and ``same_tokens`` (whether greedy tokens equal the
-        baseline's), ``needles`` and ``recalled`` (in rows of the longest context).
+        rows: Written, as they are measured: the rows of the public interface, and ``same_tokens``
+            (whether greedy tokens equal the baseline's), ``needles`` and ``recalled`` (in rows of
+            the longest context).
 
     Raises:
         KvplugError: Bad options, or an engine that fails; the message has its last words.
@@ -33,7 +33,6 @@ def compare(
     for policy in ordered[1:]:
         if policy != UNSELECTED:
             check({"policy": policy, **job.options}).check_page(job.page)
-    rows: list[dict[str, Any]] = []
     baseline: dict[tuple[int, int], dict[str, Any]] = {}
     for policy in ordered:
         say(f"{policy}: starting its engine")
@@ -51,7 +50,6 @@ def compare(
             base = baseline.setdefault(cell, data)
             rows.append(_row(policy, data, base))
             say(f"{policy}: {cell[0]} tokens x {cell[1]} done")
-    return rows
 
 
 def _row(policy: str, data: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:

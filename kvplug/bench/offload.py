@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,9 @@ HOT_SHARE = 8
 
 
 def measure(
-    job: Job, folder: Path, many: tuple[int, int], say: Callable[[str], None]
-) -> list[dict[str, Any]]:
+    job: Job, folder: Path, many: tuple[int, int], say: Callable[[str], None],
+    rows: list[dict[str, Any]],
+) -> None:  # fmt: skip
     """Runs every cell.
 
     Args:
@@ -29,15 +30,19 @@ def measure(
         folder: On the disk.
         many: Requests, and tokens of each, that share a memory of half of their keys and values.
         say: Told of each finished cell.
-
-    Returns:
-        Rows: ``cell``, ``cache``, what :class:`kvplug.bench.job.Cell` has, and ``ttft_ratio``,
-        ``decode_ratio`` and ``total_ratio``, speeds over those of the cell's first row.
+        rows: Written, as they are measured: ``cell``, ``cache``, what
+            :class:`kvplug.bench.job.Cell` has, and ``ttft_ratio``, ``decode_ratio`` and
+            ``total_ratio``, speeds over those of the cell's first row.
 
     Raises:
         KvplugError: An engine fails.
     """
-    rows: list[dict[str, Any]] = []
+
+    def run(cell: str, cache: str, mine: Job) -> None:
+        for row in _run(cell, cache, mine, say):
+            rows.append(row)
+            rows[-1] = _with_ratios(row, rows)
+
     whole = kv_bytes(job, max(job.contexts) + job.decoded + 1024) / BYTES_PER_GIB
     caches = {
         "in memory": None,
@@ -47,17 +52,16 @@ def measure(
     for cell in ("needle", "chain"):
         for name, offload in caches.items():
             mine = replace(job, document=cell, options=_with(job.options, offload))
-            rows += _run("near" if cell == "needle" else "far", name, mine, say)
+            run("near" if cell == "needle" else "far", name, mine)
     requests, context = many
     together = kv_bytes(job, requests * (context + job.decoded)) / BYTES_PER_GIB
     memory = max(1, round(together / 2))
     crowd = replace(job, contexts=[context], batches=[requests], repeats=1)
     stock = replace(crowd, policy=STOCK, options={}, kv_gib=memory)
-    rows += _run("many", f"stock vLLM, {memory} GiB", stock, say)
+    run("many", f"stock vLLM, {memory} GiB", stock)
     offload = _disk(folder, memory / 2, max(2 * together, memory))
     crowd = replace(crowd, options=_with(job.options, offload))
-    rows += _run("many", f"on disk, {memory / 2:g} GiB hot", crowd, say)
-    return [_with_ratios(row, rows) for row in rows]
+    run("many", f"on disk, {memory / 2:g} GiB hot", crowd)
 
 
 def _disk(folder: Path, hot_gib: float, cold_gib: float) -> dict[str, Any]:
@@ -68,14 +72,12 @@ def _with(options: dict[str, Any], offload: dict[str, Any] | None) -> dict[str, 
     return options if offload is None else {**options, "offload": offload}
 
 
-def _run(cell: str, cache: str, job: Job, say: Callable[[str], None]) -> list[dict[str, Any]]:
+def _run(cell: str, cache: str, job: Job, say: Callable[[str], None]) -> Iterator[dict[str, Any]]:
     """Rows of one engine."""
     say(f"{cell}, {cache}: starting its engine")
-    rows = []
     for _, data in results("kvplug.bench.engine", job, job.to_json()):
         del data["tokens"]
-        rows.append({"cell": cell, "cache": cache, **data})
-    return rows
+        yield {"cell": cell, "cache": cache, **data}
 
 
 def _with_ratios(row: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:

@@ -27,7 +27,8 @@ def test_every_cache_is_as_large_as_its_pool(
 
     monkeypatch.setattr(offload, "_run", run)
     job = Job("simhash", "recall", [context], [1], 1, 32, 4096, 16, False, 0)
-    rows = offload.measure(job, tmp_path, many, lambda _: None)
+    rows: list[dict[str, Any]] = []
+    offload.measure(job, tmp_path, many, lambda _: None, rows)
     assert [row["decode_ratio"] for row in rows] == [1.0] * 8
     assert [cell for cell, _ in jobs] == ["near"] * 3 + ["far"] * 3 + ["many"] * 2
     for _, each in jobs:
