@@ -23,14 +23,12 @@ def speed_table(title: str, names: Sequence[str], rows: Rows) -> Table:
     columns: dict[str, Callable[[Row], str]] = {
         "tokens": lambda row: f"{row['context_tokens']:,}",
         "batch": lambda row: str(row["batch"]) if row["batch"] > 1 else "",
-        "first token,\ns": lambda row: _with_ratio(row["ttft_s"], row["ttft_ratio"]),
+        "first\ntoken, s": lambda row: _with_ratio(row["ttft_s"], row["ttft_ratio"]),
         "decode,\ntok/s": lambda row: _with_ratio(row["decode_tok_s"], row["decode_ratio"]),
-        "all done,\ns": lambda row: _with_ratio(row["total_s"], row["total_ratio"]),
+        "all\ndone, s": lambda row: _with_ratio(row["total_s"], row["total_ratio"]),
         "right": lambda row: _yes_no(row["correct"]),
         "same\ntokens": lambda row: _yes_no(row.get("same_tokens")),
-        "needles": lambda row: (
-            f"{row['recalled']} of {row['needles']}" if row.get("needles") else ""
-        ),
+        "needles": lambda row: f"{row['recalled']}/{row['needles']}" if row.get("needles") else "",
     }
     table = Table(title=title, box=SIMPLE, padding=(0, 1, 0, 0), pad_edge=False)
     for name in names:
