@@ -170,7 +170,11 @@ class KvplugImpl(CPUAttentionBackendImpl):
         shares = table.shares if self._pipeline.keeps_shares else None
         for first, last in self.hot.turns(*rows, metadata.written(self.hot.page), shares):
             if calls and last - first == len(table.query_start) - 1:
-                part = self.attend.over(calls, table.slots)
+                part = (
+                    metadata.calls_in_pool(self.attend, table.slots)
+                    if calls is metadata.calls
+                    else self.attend.over(calls, table.slots)
+                )
                 self.attend(query, output, self.cache, part, workspace, *scaling)
             elif calls:
                 mine = slice(int(table.query_start[first]), int(table.query_start[last]))

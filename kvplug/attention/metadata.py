@@ -38,12 +38,19 @@ class KvplugMetadata(CPUAttentionMetadata):
     pipeline: Pipeline | None = None
     """Of the group."""
     _written: Written | None = None
+    _calls_in_pool: list[Call] | None = None
 
     def written(self, page: int) -> Written:
         """The pages of ``page`` tokens that the step writes to, found once."""
         if self._written is None:
             self._written = Written.of(self.slot_mapping[: self.num_actual_tokens], page)
         return self._written
+
+    def calls_in_pool(self, attend: CpuAttend, slots: torch.Tensor) -> list[Call]:
+        """:attr:`calls` over ``slots``, a table that every layer's pool writes; made once."""
+        if self._calls_in_pool is None:
+            self._calls_in_pool = attend.over(self.calls, slots)
+        return self._calls_in_pool
 
     def learn(self, hidden: torch.Tensor, tokens: torch.Tensor, model: Any) -> None:
         """Lets the recipe learn from the step's output, where it does.

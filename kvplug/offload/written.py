@@ -28,7 +28,11 @@ class Written(NamedTuple):
             slots: ``[T]`` int64, ``page * P + offset``; negative ones are padding.
             page: P.
         """
-        return cls(*_written(slots.numpy(), page))
+        places = slots.numpy()
+        if len(places) == 1 and places[0] >= 0:  # a decoded token, for which a call costs more
+            number, offset = divmod(int(places[0]), page)
+            return cls(np.array([number]), np.array([offset == 0], np.uint8), 1)
+        return cls(*_written(places, page))
 
 
 @njit(cache=True)
