@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
@@ -272,17 +273,19 @@ def finish(path: Path, foreign: list[Any], out: Console, as_json: bool) -> None:
 
 def show(report: Report, path: Path, out: Console) -> None:
     """Prints one row a server, and where the rest is."""
-    from kvplug.loadtests.page import interval
+    from kvplug.loadtests.page import digits, interval
 
-    table = Table(title="kvplug load, medians with 95% intervals")
-    for column in ("server", "requests", "failed", "right", "output tok/s", "first token",
-                   "between tokens", "good"):  # fmt: skip
-        table.add_column(column)
+    title = "kvplug load, medians; 95% intervals in brackets"
+    table = Table(title=title, box=SIMPLE, padding=(0, 1, 0, 0), pad_edge=False)
+    for column in ("server", "asked", "failed", "right", "output\ntok/s", "first token",
+                   "gaps,\nms", "good,\n%"):  # fmt: skip
+        table.add_column(column, justify="left" if column == "server" else "right", no_wrap=True)
     for s in report.whole():
         table.add_row(
-            s.setup, str(s.requests), str(sum(s.errors.values())), f"{s.right} of {s.checked}",
-            f"{s.output_tok_s:.1f}", interval(s.ttft.get("p50"), 1, " s"),
-            interval(s.gap.get("p50"), 1000, " ms"), interval(s.good, 100, "%"),
+            s.setup, str(s.requests), str(sum(s.errors.values())), f"{s.right}/{s.checked}",
+            digits(s.output_tok_s), interval(s.ttft.get("p50"), 1, " s"),
+            *(digits(scale * part.value) if part else "-"
+              for part, scale in ((s.gap.get("p50"), 1000), (s.good, 100))),
         )  # fmt: skip
     out.print(table)
     for pair in report.pairs:

@@ -169,8 +169,13 @@ def interval(found: Interval | None, scale: float, unit: str) -> str:
     """A value and its interval."""
     if found is None:
         return "-"
-    value, low, high = (f"{scale * part:.3g}" for part in found)
+    value, low, high = (digits(scale * part) for part in found)
     return f"{value}{unit} ({low} to {high})"
+
+
+def digits(number: float) -> str:
+    """Three digits that say something, never a power of ten."""
+    return f"{number:,.0f}" if abs(number) >= 999.5 else f"{number:.3g}"
 
 
 def _percentiles(summaries: Sequence[Summary]) -> str:
