@@ -3,41 +3,21 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 from collections.abc import Callable
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-CHILD = Path(__file__).with_name("child.py")
+from tests.engine.forked import run_main
+
 Run = Callable[..., dict[str, Any]]
 
 
-def threads() -> str:
-    """Threads of an engine: all, or one where another test process has the other core."""
-    return "1" if "PYTEST_XDIST_WORKER" in os.environ else "2"
-
-
 def run_child(spec: dict[str, Any], **environment: str) -> subprocess.CompletedProcess[str]:
-    """Runs one spec to its end, whatever that is."""
-    return subprocess.run(
-        [sys.executable, str(CHILD)],
-        input=json.dumps(spec),
-        capture_output=True,
-        text=True,
-        timeout=600,
-        env={
-            **os.environ,
-            "OMP_NUM_THREADS": threads(),
-            "NUMBA_NUM_THREADS": threads(),
-            "VLLM_LOGGING_LEVEL": "WARNING",
-            **environment,
-        },
-    )
+    """Runs one spec of ``child.py`` to its end, whatever that is."""
+    return run_main("child", json.dumps(spec), **environment)
 
 
 @cache

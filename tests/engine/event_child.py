@@ -71,7 +71,3 @@ def main() -> None:
         llm.generate([{"prompt_token_ids": spec["ids"]}], sampling, use_tqdm=False)
         seconds.append(time.perf_counter() - begin)
     print(json.dumps({"seconds": seconds[1:], **watcher.found(llm, len(spec["ids"]))}))
-
-
-if __name__ == "__main__":
-    main()

@@ -113,5 +113,6 @@ class Schedule:
         }  # fmt: skip
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Runs the spec."""
     print(json.dumps(Schedule(json.loads(sys.stdin.read())).run()))

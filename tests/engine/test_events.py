@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from kvplug.models.glued import GluedDocument, glued_document
+from tests.engine.forked import run_main
 
 pytestmark = pytest.mark.engine
-CHILD = Path(__file__).with_name("event_child.py")
 CONTEXT, PAGE, NEAR = 32_768, 32, 8
 REPEATS = 1
 
@@ -47,10 +43,7 @@ def prefill(model: str, ids: list[int], options: dict[str, Any]) -> dict[str, An
         },
         "ids": ids, "repeats": REPEATS,
     }  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, str(CHILD)], input=json.dumps(spec), capture_output=True, text=True,
-        timeout=900, env={**os.environ, "OMP_NUM_THREADS": "1", "VLLM_LOGGING_LEVEL": "WARNING"},
-    )  # fmt: skip
+    done = run_main("event_child", json.dumps(spec), seconds=900)
     assert done.returncode == 0, done.stderr[-3000:]
     result: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
     return result

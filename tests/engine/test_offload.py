@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from kvplug.models.documents import needle_prompt
-from tests.engine.conftest import threads
+from tests.engine.forked import run_main
 
 pytestmark = pytest.mark.engine
-CHILD = Path(__file__).with_name("offload_child.py")
 HOT = {"tier": "disk", "hot_gib": 0.005, "cold_gib": 0.25}
 BLOCKS = 170
 """Of 32 tokens: two of the longest prompts do not fit."""
@@ -35,11 +30,7 @@ def prompts(tokenizer: Any) -> list[list[int]]:
 def served(model: str, prompts: list[list[int]], **spec: Any) -> dict[str, Any]:
     """A schedule's result."""
     asked = {"model": model, "prompts": prompts, "blocks": BLOCKS, **spec}
-    done = subprocess.run(
-        [sys.executable, str(CHILD)], input=json.dumps(asked), capture_output=True, text=True,
-        timeout=600, check=False,
-        env={**os.environ, "OMP_NUM_THREADS": threads(), "NUMBA_NUM_THREADS": threads()},
-    )  # fmt: skip
+    done = run_main("offload_child", json.dumps(asked))
     assert done.returncode == 0, done.stderr[-3000:]
     result: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
     return result
