@@ -17,12 +17,12 @@ from importlib import import_module
 from multiprocessing import forkserver
 from pathlib import Path
 
+# Nothing that vLLM itself does not import: stock vLLM stumbles over numba's modules.
 IMPORTED = [
     "vllm.entrypoints.llm",
     "vllm.v1.engine.core",
     "vllm.v1.worker.cpu_worker",
     "vllm.model_executor.models.llama",
-    "numba",
 ]
 _processes = multiprocessing.get_context("forkserver")
 
