@@ -29,11 +29,15 @@ BLOCK_T = 16
 @triton.jit
 def _page_statistics_kernel(  # type: ignore[no-untyped-def]
     p_keys, p_pages, p_means, p_bounds, stride_page, stride_token, stride_head,
-    PAGE: tl.constexpr, D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+    OF_SLOTS: tl.constexpr, PAGE: tl.constexpr, D: tl.constexpr, BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One page of one head, every key loaded once."""
     i_n, i_h = tl.program_id(0), tl.program_id(1)
     i_page = tl.load(p_pages + i_n).to(tl.int64)
+    if OF_SLOTS:
+        # Pages fill in order: the last slot stands for its page, the others for none.
+        i_page = tl.where(i_page % PAGE == PAGE - 1, i_page // PAGE, -1)
     if i_page < 0:
         return
     o_d, o_t = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_T)
@@ -77,22 +81,52 @@ def page_statistics(
     Raises:
         ValueError: A tensor is of another shape, dtype, layout or device, or both are None.
     """
+    check("pages", pages, ("n",), (torch.int32, torch.int64))
+    _launch(keys, pages, False, means, bounds)
+
+
+def filled_page_statistics(
+    keys: torch.Tensor,
+    slots: torch.Tensor,
+    means: torch.Tensor | None = None,
+    bounds: torch.Tensor | None = None,
+) -> None:
+    """Summarises the pages that new keys fill: those whose last slot is among theirs.
+
+    Args:
+        keys: As :func:`page_statistics` has them, the new ones and those before them.
+        slots: ``[T]`` int64, ``page * P + offset``, of the new keys; a negative one is padding.
+        means: ``[pages, Hk, D]`` bfloat16, written at these pages, or None.
+        bounds: ``[pages, Hk, 2, D]`` bfloat16, written at these pages, or None.
+
+    Raises:
+        ValueError: See :func:`page_statistics`.
+    """
+    check("slots", slots, ("T",), torch.int64)
+    _launch(keys, slots, True, means, bounds)
+
+
+def _launch(
+    keys: torch.Tensor, places: torch.Tensor, are_slots: bool,
+    means: torch.Tensor | None, bounds: torch.Tensor | None,
+) -> None:  # fmt: skip
+    """Checks what both launchers share, and runs the kernel."""
     check("keys", keys, ("pages", "P", "Hk", "D"), FLOATS, contiguous=False)
     num_pages, page, heads, dim = keys.shape
     check_page(page)
     check_head_dim(dim)
-    check("pages", pages, ("n",), (torch.int32, torch.int64))
     require(means is not None or bounds is not None, "page_statistics needs means or bounds.")
     if means is not None:
         check("means", means, (num_pages, heads, dim), torch.bfloat16)
     if bounds is not None:
         check("bounds", bounds, (num_pages, heads, 2, dim), torch.bfloat16)
-    check_devices(keys=keys, pages=pages, means=means, bounds=bounds)
-    if not len(pages):
+    check_devices(keys=keys, places=places, means=means, bounds=bounds)
+    if not len(places):
         return
-    _page_statistics_kernel[(len(pages), heads)](
-        keys, pages, _bits(means), _bits(bounds), *keys.stride()[:3],
-        PAGE=page, D=dim, BLOCK_T=BLOCK_T, BLOCK_D=triton.next_power_of_2(dim),
+    _page_statistics_kernel[(len(places), heads)](
+        keys, places, _bits(means), _bits(bounds), *keys.stride()[:3],
+        OF_SLOTS=are_slots, PAGE=page, D=dim, BLOCK_T=BLOCK_T,
+        BLOCK_D=triton.next_power_of_2(dim),
     )  # fmt: skip
 
 
@@ -121,12 +155,32 @@ def page_statistics_reference(
             bounds[known, :, side] = torch.where(falls_short, further, nearest)
 
 
-COMPILED = tuple(
-    Variant(
-        _page_statistics_kernel,
-        f"*{dtype} *i64 *i16 *i16 i32 i32 i32",
-        {"PAGE": 32, "D": dim, "BLOCK_T": BLOCK_T, "BLOCK_D": triton.next_power_of_2(dim)},
-    )
-    for dtype, dim in [("bf16", 128), ("fp32", 80), ("fp16", 256)]
+def filled_page_statistics_reference(
+    keys: torch.Tensor,
+    slots: torch.Tensor,
+    means: torch.Tensor | None = None,
+    bounds: torch.Tensor | None = None,
+) -> None:
+    """Twin of :func:`filled_page_statistics` in plain torch."""
+    page = keys.shape[1]
+    last = slots[(slots >= 0) & (slots % page == page - 1)]
+    page_statistics_reference(keys, last // page, means, bounds)
+
+
+def _compiled(dtype: str, dim: int, are_slots: bool, left_out: dict[str, None]) -> Variant:
+    """One way to launch; with means left out, as the backend for CUDA does it."""
+    blocks = {"PAGE": 32, "D": dim, "BLOCK_T": BLOCK_T, "BLOCK_D": triton.next_power_of_2(dim)}
+    outputs = "*i16" if left_out else "*i16 *i16"
+    return Variant(
+        _page_statistics_kernel, f"*{dtype} *i64 {outputs} i32 i32 i32",
+        left_out | {"OF_SLOTS": are_slots} | blocks,
+    )  # fmt: skip
+
+
+COMPILED = (
+    _compiled("bf16", 128, False, {}),
+    _compiled("fp32", 80, False, {}),
+    _compiled("fp16", 256, False, {}),
+    _compiled("bf16", 128, True, {"p_means": None}),
 )
 """For :mod:`kvplug.kernels.compile_check`."""

@@ -21,7 +21,13 @@ from kvplug.kernels.bound_scores import (
 )
 from kvplug.kernels.hash_scores import Several, hash_scores, hash_scores_reference
 from kvplug.kernels.last_activated import last_activated, last_activated_reference
-from kvplug.kernels.page_statistics import page_statistics, page_statistics_reference
+from kvplug.kernels.mean_query import mean_query, mean_query_reference
+from kvplug.kernels.page_statistics import (
+    filled_page_statistics,
+    filled_page_statistics_reference,
+    page_statistics,
+    page_statistics_reference,
+)
 from kvplug.kernels.query_statistics import Carried, query_statistics, query_statistics_reference
 from kvplug.kernels.sign_hash import (
     sign_hash,
@@ -116,6 +122,25 @@ def statistics_of_pages(world: World) -> Case:
     )  # fmt: skip
 
 
+def bounds_of_filled_pages(world: World) -> Case:
+    """Bounds of the pages that a prompt's new tokens fill, the first of them begun before."""
+    shape = world.shape
+    tokens = min(shape.tokens, shape.chunk)
+    size = (tokens // shape.page + 2, shape.kv_heads, shape.page, shape.dim)
+    keys = world.whole(*size, dtype=shape.dtype).transpose(1, 2)  # [pages, P, Hk, D]
+    slots = torch.arange(tokens, device=world.device) + shape.page // 2
+    slots[shape.page // 2 - 1 :: 3 * shape.page] = -1  # every third page is never filled
+    bounds = world.scratch(size[0], shape.kv_heads, 2, shape.dim, dtype=torch.bfloat16)
+
+    def call(function: Callable[..., None], out: Outputs) -> None:
+        function(keys, slots, None, *out)
+
+    return Case(
+        "page_statistics, filled", filled_page_statistics, filled_page_statistics_reference, call,
+        [bounds], size_of(keys, slots, bounds),
+    )  # fmt: skip
+
+
 def scores_of_bounds(world: World, *, of_means: bool = False) -> Case:
     """Scores of far pages by bounds or means of their keys, for decoded tokens."""
     shape = world.shape
@@ -159,6 +184,22 @@ def probes_of_windows(world: World) -> Case:
     return Case(
         "last_activated", last_activated, last_activated_reference, call, [vectors, counts],
         size_of(windows.queries, vectors),
+    )  # fmt: skip
+
+
+def mean_queries_of_windows(world: World) -> Case:
+    """Mean queries of a prompt's windows."""
+    shape, windows = world.shape, world.query_windows()
+    count = len(windows.num_tokens)
+    vectors = world.scratch(count, shape.kv_heads, shape.group, shape.dim)
+    counts = world.scratch(count, dtype=torch.int32)
+
+    def call(function: Callable[..., None], out: Outputs) -> None:
+        function(windows, *out)
+
+    return Case(
+        "mean_query", mean_query, mean_query_reference, call, [vectors, counts],
+        size_of(windows.queries, vectors), is_exact=False,
     )  # fmt: skip
 
 
@@ -210,6 +251,7 @@ def statistics_of_queries(world: World) -> Case:
 
 INDEX_CASES: tuple[Callable[[World], Case], ...] = (
     hash_keys, hash_probes, scores_of_hashes, scores_of_prompt_hashes, statistics_of_pages,
-    scores_of_bounds, scores_of_means, probes_of_windows, means_of_windows, statistics_of_queries,
+    bounds_of_filled_pages, scores_of_bounds, scores_of_means, probes_of_windows,
+    mean_queries_of_windows, means_of_windows, statistics_of_queries,
 )  # fmt: skip
 """Kernels that choose pages."""

@@ -6,7 +6,12 @@ import pytest
 import torch
 
 from kvplug.index.minmax import MinMaxIndex
-from kvplug.kernels.page_statistics import page_statistics, page_statistics_reference
+from kvplug.kernels.page_statistics import (
+    filled_page_statistics,
+    filled_page_statistics_reference,
+    page_statistics,
+    page_statistics_reference,
+)
 from kvplug.stage import Layer
 from tests.caches import KeyCache, fill
 from tests.made_up import layer_shape
@@ -59,6 +64,32 @@ def test_twin(page: int, heads: int, dim: int, dtype: torch.dtype, which: str, d
         assert torch.equal(found[0].abs().sum((1, 2)) > 0, exact.abs().sum((1, 2)) > 0)
     else:
         assert (found[0] == 0).all()
+
+
+@SHAPES
+@pytest.mark.parametrize("which", ["means", "bounds"])
+def test_slots_name_the_pages_that_they_fill(
+    page: int, heads: int, dim: int, dtype: torch.dtype, which: str, device: str
+) -> None:
+    """Those whose last slot is new, wherever the others came from; padding names none."""
+    keys = keys_of(page, heads, dim, dtype, device)
+    slots = torch.cat([
+        torch.arange(page - 1, 3 * page - 2),  # the last of page 0, page 1, and page 2 but one slot
+        torch.tensor([-1, 6 * page - 1, 4 * page, -1, -page]),  # the last of page 5
+    ]).to(device)  # fmt: skip
+    sides = () if which == "means" else (2,)
+    found, twin, expected = (
+        torch.full((7, heads, *sides, dim), 9.0, dtype=torch.bfloat16, device=device)
+        for _ in range(3)
+    )
+    filled_page_statistics(keys, slots, **{which: found})
+    filled_page_statistics_reference(keys, slots, **{which: twin})
+    page_statistics(keys, torch.tensor([0, 1, 5], device=device), **{which: expected})
+    assert torch.equal(found, expected)
+    untouched = (twin == 9).flatten(1).all(1).tolist()
+    assert untouched == [False, False, True, True, True, False, True]
+    if which == "bounds":
+        assert torch.equal(twin, expected)
 
 
 def test_bounds_are_bounds(device: str) -> None:
@@ -120,3 +151,5 @@ def test_what_cannot_be_written_is_refused() -> None:
         page_statistics(keys, pages, bounds=torch.zeros(2, 2, 1, 64, dtype=torch.bfloat16))
     with pytest.raises(ValueError, match="Page size must be one of"):
         page_statistics(torch.zeros(2, 8, 1, 64), pages, torch.zeros(2, 1, 64))
+    with pytest.raises(ValueError, match=r"slots must be int64 \[T\]"):
+        filled_page_statistics(keys, pages.int(), torch.zeros(2, 1, 64))

@@ -1,7 +1,8 @@
 """What a layer remembers of its keys on a GPU: written as keys come, by slot, and scored by page.
 
 On CPU the same is summarised page by page, when a page leaves the local region. Here the host does
-not know pages, so keys are summarised as they are written; what is stored of a page is the same.
+not know pages, so keys are summarised as they are written, or when they fill a page; what is stored
+of a page that a window may retrieve is the same.
 """
 
 from __future__ import annotations
@@ -12,13 +13,16 @@ from typing import TYPE_CHECKING
 import torch
 
 from kvplug.index.channels import Channels
+from kvplug.index.minmax import MinMax
 from kvplug.index.planes import draw_planes
 from kvplug.index.simhash import SimHash
+from kvplug.kernels.bound_scores import bound_scores
 from kvplug.kernels.channel_choice import channel_choice
 from kvplug.kernels.channel_codes import channel_codes
 from kvplug.kernels.channel_probes import PLANES, channel_probes
 from kvplug.kernels.channel_scores import ChannelScratch, channel_scores
 from kvplug.kernels.hash_scores import Several, hash_scores
+from kvplug.kernels.page_statistics import filled_page_statistics
 from kvplug.kernels.sign_hash import sign_hash, sign_hash_probes
 
 if TYPE_CHECKING:
@@ -180,6 +184,45 @@ class ChannelMemory(DeviceMemory):
         return (probes + 1) * pages * 4
 
 
+class BoundMemory(DeviceMemory):
+    """Least and largest key of whole pages, in every dimension; see :mod:`kvplug.index.minmax`.
+
+    A page is bounded when its last slot is written, from the keys in the cache: those before may
+    have come in earlier steps. Until then it says what it said of other keys, which nobody asks: no
+    window retrieves a page that its own context has not filled.
+
+    Args:
+        shape: The layer's geometry.
+        device: Where.
+    """
+
+    def __init__(self, shape: LayerShape, device: torch.device) -> None:
+        """Allocates."""
+        size = shape.num_pages, shape.num_kv_heads, 2, shape.head_dim
+        self.scale = shape.scale
+        self.bounds = torch.zeros(size, dtype=torch.bfloat16, device=device)
+
+    @property
+    def state(self) -> tuple[torch.Tensor, ...]:
+        """``[pages, Hk, 2, D]`` bfloat16, minima, then maxima."""
+        return (self.bounds,)
+
+    def write(self, keys: torch.Tensor, cache: PagedCache, plan: DevicePlan) -> None:
+        """See :meth:`DeviceMemory.write`."""
+        filled_page_statistics(cache.keys, plan.slots, bounds=self.bounds)
+
+    def score(
+        self, vectors: torch.Tensor, counts: torch.Tensor, windows: SparseWindows, far: FarPages,
+        scores: torch.Tensor,
+    ) -> None:  # fmt: skip
+        """See :meth:`DeviceMemory.score`."""
+        bound_scores(self.bounds, vectors, counts, far, self.scale, scores)
+
+    def scratch_bytes(self, probes: int, pages: int) -> int:
+        """See :meth:`DeviceMemory.scratch_bytes`."""
+        return pages * 4
+
+
 def first_pages(shape: LayerShape) -> int:
     """Pages of a context that say which channels matter, as on CPU."""
     return max(min(shape.window, shape.local) // shape.page, 1)
@@ -193,4 +236,6 @@ def make_memory(
         return ChannelMemory(index.bits, shape, device)
     if isinstance(index, SimHash):
         return SignMemory(shape, device)
+    if isinstance(index, MinMax):
+        return BoundMemory(shape, device)
     return None

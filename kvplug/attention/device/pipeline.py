@@ -12,14 +12,12 @@ import torch
 
 from kvplug.attention.device.memory import DeviceMemory, first_pages, make_memory
 from kvplug.attention.device.plan import DevicePlan, Lengths, SparseWindows, make_plan
+from kvplug.attention.device.probes import make_probe
 from kvplug.config import KvplugConfig
-from kvplug.kernels.distance import QueryWindows
-from kvplug.kernels.last_activated import last_activated
 from kvplug.kernels.page_rows import Contexts, PageRows, page_rows
 from kvplug.kernels.top_pages import candidates_shape, top_pages
 from kvplug.pipeline import region_sizes
 from kvplug.policies import make_stages
-from kvplug.probe.last_activated import LastAndActivatedProbe
 from kvplug.selection_counts import SelectionCounts
 
 if TYPE_CHECKING:
@@ -84,7 +82,7 @@ class DeviceLayer:
         probe = self.pipeline.probe
         if self.memory is None or probe is None:
             return len(windows)
-        probes = (probe.last + probe.active) * self.shape.num_heads // self.shape.num_kv_heads
+        probes = probe.most * self.shape.num_heads // self.shape.num_kv_heads
         each = self.memory.scratch_bytes(probes, windows.most_far) * self.shape.num_kv_heads
         return max(SCRATCH // each, 1)
 
@@ -92,37 +90,19 @@ class DeviceLayer:
         self, queries: torch.Tensor, windows: SparseWindows, contexts: Contexts, rows: PageRows
     ) -> None:
         """Probe, score, select, rows."""
-        shape, budget = self.shape, self.pipeline.geometry.budget_pages
-        num, heads = len(windows), shape.num_kv_heads
+        probe, budget = self.pipeline.probe, self.pipeline.geometry.budget_pages
+        num, heads = len(windows), self.shape.num_kv_heads
         if self.memory is None:
             counts = queries.new_zeros((num, heads), dtype=torch.int32)
             page_rows(counts[:, :, None].contiguous(), counts, contexts, rows)
             return
-        vectors, counts = self._probes(queries, windows)
+        assert probe is not None, "a recipe with an index has a probe"
+        vectors, counts = probe.build(queries, windows, self.shape)
         scores = queries.new_empty((num, heads, windows.most_far), dtype=torch.float32)
         self.memory.score(vectors, counts, windows, contexts.far, scores)
         chunks = candidates_shape(num, heads, windows.most_far, budget)
         candidates = queries.new_empty(chunks, dtype=torch.int32) if chunks else None
         top_pages(scores, budget, contexts, rows, candidates)
-
-    def _probes(
-        self, queries: torch.Tensor, windows: SparseWindows
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """``[S, Hk, R, D]`` vectors, and ``[S]`` int32 how many a window has."""
-        probe, shape = self.pipeline.probe, self.shape
-        assert probe is not None
-        num, group = len(windows), shape.num_heads // shape.num_kv_heads
-        is_decoding = windows.singles == num
-        tokens = 1 if is_decoding else probe.last + probe.active
-        size = num, shape.num_kv_heads, group * tokens, shape.head_dim
-        vectors, counts = queries.new_empty(size), queries.new_empty(num, dtype=torch.int32)
-        bias = None
-        if not is_decoding:
-            longest = self.pipeline.geometry.window
-            bias = queries.new_empty((num, shape.num_heads, longest), dtype=torch.float32)
-        asking = QueryWindows(queries, windows.token_start, windows.num_tokens)
-        last_activated(asking, probe.last, probe.active, bias, vectors, counts)
-        return vectors, counts
 
 
 class DevicePipeline:
@@ -140,8 +120,7 @@ class DevicePipeline:
         self.stages = make_stages(config.policy, config.options)
         self.geometry = region_sizes(config, page)
         self.num_kv_heads = num_kv_heads
-        probe = self.stages.probe
-        self.probe = probe if isinstance(probe, LastAndActivatedProbe) else None
+        self.probe = make_probe(self.stages.probe)
         """None where the recipe retrieves nothing."""
         self.layers: list[DeviceLayer] = []
         self.counts = SelectionCounts()

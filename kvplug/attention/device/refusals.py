@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, Any
 from kvplug.budget.fixed import FixedBudget, NoBudget
 from kvplug.errors import KvplugError
 from kvplug.index.channels import Channels
+from kvplug.index.minmax import MinMax
 from kvplug.index.simhash import SimHash
 from kvplug.kernels.checks import HEAD_DIMS
 from kvplug.kernels.distance import LONGEST_WINDOW
 from kvplug.probe.last_activated import LastAndActivatedProbe
+from kvplug.probe.mean import MeanProbe
 from kvplug.select.top_pages import TopPages
 
 if TYPE_CHECKING:
@@ -26,7 +28,7 @@ UNTRIED = (
     "rely on them: kvplug bench kernels checks every kernel on this device."
 )
 """Logged once, where an engine starts on CUDA."""
-RECIPES = "channels, simhash, streaming or dense"
+RECIPES = "channels, quest, simhash, streaming or dense"
 
 
 def check_recipe(stages: Stages) -> None:
@@ -37,8 +39,8 @@ def check_recipe(stages: Stages) -> None:
     """
     served: tuple[tuple[Stage | None, tuple[type, ...]], ...] = (
         (stages.segment, ()),
-        (stages.index, (Channels, SimHash)),
-        (stages.probe, (LastAndActivatedProbe,)),
+        (stages.index, (Channels, MinMax, SimHash)),
+        (stages.probe, (LastAndActivatedProbe, MeanProbe)),
         (stages.budget, (FixedBudget, NoBudget)),
         (stages.select, (TopPages,)),
     )
@@ -46,7 +48,7 @@ def check_recipe(stages: Stages) -> None:
         if stage is not None and not isinstance(stage, kinds):
             raise KvplugError(
                 f"{stage.kind.capitalize()} {stage.name!r} runs on CPUs only: on CUDA choose "
-                f"policy {RECIPES}, with their own stages."
+                f"policy {RECIPES}, with stages of theirs."
             )
     if stages.merge != "exact":
         raise KvplugError(f"Merge {stages.merge!r} runs on CPUs only: on CUDA use merge 'exact'.")

@@ -5,6 +5,8 @@ Everything runs in Triton's interpreter on CPU tensors; vLLM's own kernel has a 
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -24,8 +26,11 @@ MIXED = [
     Piece(3, 32, 70, True),  # dense, then sparse
     Piece(4, 201, 1, False),
 ]
-FEWER = {name: {"last": 2, "active": 1} for name in ("channels", "simhash")}
+FEWER: dict[str, dict[str, Any]] = {
+    name: {"last": 2, "active": 1} for name in ("channels", "simhash")
+}
 """Probes of a window."""
+LAST = {"probe": {"name": "last_activated", "last": 2, "active": 1}}
 ROUNDING = 2.0**-9
 """Float16 outputs of about 1, sums of float16 products."""
 
@@ -34,12 +39,26 @@ def close(found: torch.Tensor, expected: torch.Tensor) -> bool:
     return bool((found.double().cpu() - expected).abs().max() < 4 * ROUNDING)
 
 
-@pytest.mark.parametrize("policy", ["channels", "simhash", "streaming"])
-def test_a_mixed_step(policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("policy", "options"),
+    [
+        ("channels", FEWER["channels"]),
+        ("simhash", FEWER["simhash"]),
+        ("quest", {}),
+        ("streaming", {}),
+        ("channels", {"probe": "mean"}),
+        ("simhash", {"probe": "mean"}),
+        ("quest", LAST),
+    ],
+    ids=str,
+)
+def test_a_mixed_step(
+    policy: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Decoded tokens, sparse and dense windows in one step; vLLM's kernel has the dense ones."""
     shape = SHAPES["g2"]
     stock = stand_in(monkeypatch, shape)
-    world = World(policy, shape, options=FEWER.get(policy, {}))
+    world = World(policy, shape, options=options)
     world.fill(MIXED)
     found = world.step(MIXED)
     assert close(found, world.expected(MIXED))
@@ -47,24 +66,44 @@ def test_a_mixed_step(policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert stock.tokens == [1 + (32 if policy == "streaming" else 64)]
 
 
+@pytest.mark.parametrize("policy", ["channels", "quest"])
 @pytest.mark.parametrize(
     ("name", "layout"), [("g1", "LBNHC"), ("g3", "BLNHC"), ("g8", "LBHNC")], ids=["g1", "g3", "g8"]
 )
-def test_decoding(name: str, layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_decoding(policy: str, name: str, layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """In every layout that vLLM's cache can have."""
     shape = SHAPES[name]
     stand_in(monkeypatch, shape)
     pieces = [Piece(0, 230, 1, False), Piece(1, 191, 1, False)]
-    world = World("channels", shape, layout)
+    world = World(policy, shape, layout)
     world.fill(pieces)
     assert close(world.step(pieces), world.expected(pieces))
 
 
-def test_the_same_request_gets_the_same_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("policy", ["simhash", "quest"])
+def test_a_request_from_its_first_token(policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prompt in chunks of whole windows, then decoded, beside another one step behind."""
+    shape = SHAPES["g2"]
+    stand_in(monkeypatch, shape)
+    world = World(policy, shape, options=FEWER.get(policy, {}))
+    chunks = [(0, 64), (64, 96), (160, 31), (191, 1), (192, 1), (193, 1)]  # pages are filled at 192
+    for number in range(len(chunks) + 1):
+        pieces = [
+            Piece(request, *chunks[n], chunks[n][0] < 191)
+            for request, n in enumerate((number, number - 1))
+            if 0 <= n < len(chunks)
+        ]
+        assert close(world.step(pieces), world.expected(pieces))
+
+
+@pytest.mark.parametrize("policy", ["simhash", "quest"])
+def test_the_same_request_gets_the_same_answer(
+    policy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """To the bit: alone or in a batch, and with all windows at once or one after the other."""
     shape = SHAPES["g2"]
     stand_in(monkeypatch, shape)
-    world = World("simhash", shape, options=FEWER["simhash"])
+    world = World(policy, shape, options=FEWER.get(policy, {}))
     pieces = [MIXED[0], Piece(1, 128, 37, True), MIXED[4]]
     world.fill(pieces)
     together = world.step(pieces).split([piece.tokens for piece in pieces])

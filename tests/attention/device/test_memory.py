@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from kvplug.attention.device.memory import ChannelMemory, SignMemory
-from tests.attention.device.world import World
+from kvplug.attention.device.memory import BoundMemory, ChannelMemory, SignMemory
+from kvplug.index.minmax import MinMaxIndex
+from kvplug.kernels.page_statistics import page_statistics_reference
+from tests.attention.device.world import World, stand_in
 from tests.made_up import Piece
 
 LENGTH = 150
@@ -38,7 +40,7 @@ def write(world: World, *pieces: Piece) -> None:
     world.impl.stages.write(keys, metadata.plan)
 
 
-@pytest.mark.parametrize("policy", ["channels", "simhash"])
+@pytest.mark.parametrize("policy", ["channels", "simhash", "quest"])
 def test_chunks_do_not_matter(policy: str) -> None:
     """At once; in windows; in chunks that end in the middle of one, the last tokens decoded."""
     world = World(policy)
@@ -47,8 +49,8 @@ def test_chunks_do_not_matter(policy: str) -> None:
     assert expected[0].any()
     for chunk in (32, 20):
         other = World(policy)
-        other.fill([Piece(5, LENGTH - 3, 1, False)], chunk)
-        for start in range(LENGTH - 3, LENGTH):
+        other.fill([Piece(5, LENGTH - 9, 1, False)], chunk)
+        for start in range(LENGTH - 9, LENGTH):  # at 144 tokens they fill a page
             write(other, Piece(5, start, 1, False))
         assert all(map(torch.equal, remembered(other, 5), expected))
 
@@ -77,7 +79,52 @@ def test_a_prefix_of_a_request_of_the_same_step() -> None:
     assert torch.equal(codes_of(world, 4, 4), codes_of(alone, 1, 4))
 
 
-@pytest.mark.parametrize(("policy", "kind"), [("channels", ChannelMemory), ("simhash", SignMemory)])
+@pytest.mark.parametrize("policy", ["channels", "simhash", "quest"])
+def test_pages_of_another_request(policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What they said of its keys is forgotten by the time that anybody asks."""
+    world = World(policy)
+    stand_in(monkeypatch, world.shape)
+    world.fill([Piece(5, LENGTH, 1, False)])
+    world.step([Piece(5, LENGTH, 1, False)])
+    before = world.pages.pop(5)
+    world._free.extend(before)
+    piece = Piece(6, LENGTH + 9, 1, False)
+    world.fill([piece], 20)
+    assert set(before) <= set(world.pages[6])
+    found, fresh = world.step([piece]), World(policy)
+    fresh.fill([piece])
+    assert all(map(torch.equal, remembered(world, 6), remembered(fresh, 6)))
+    assert (found.double().cpu() - world.expected([piece])).abs().max() < 2.0**-7
+
+
+def test_bounds_are_those_of_whole_pages_only() -> None:
+    """A page is bounded by its last token: at once, or by and by, and in steps of several."""
+    world = World("quest")
+    page = world.shape.page
+    world.slots(1, 0, 3 * page)
+    world.slots(2, 0, 3 * page)
+    bounds = state_of(world)[0]
+    steps = [
+        [Piece(1, 0, 40, True), Piece(2, 0, 15, True)],
+        [Piece(1, 40, 7, False), Piece(2, 15, 1, False)],  # request 2 fills its first page
+        [Piece(1, 47, 1, False), Piece(2, 16, 32, True)],
+    ]
+    filled = [(2, 0), (2, 1), (3, 3)]
+    for pieces, pages in zip(steps, filled, strict=True):
+        write(world, *pieces)
+        whole = [n for request, num in zip((1, 2), pages, strict=True)
+                 for n in world.pages[request][:num]]  # fmt: skip
+        assert bounds.flatten(1).any(1).nonzero()[:, 0].tolist() == sorted(whole)
+        expected = torch.zeros_like(bounds)
+        assert world.impl.cache is not None
+        page_statistics_reference(world.impl.cache.keys, torch.tensor(whole), bounds=expected)
+        assert torch.equal(bounds, expected)
+
+
+@pytest.mark.parametrize(
+    ("policy", "kind"),
+    [("channels", ChannelMemory), ("simhash", SignMemory), ("quest", BoundMemory)],
+)
 def test_the_index_on_cpu_stores_the_same(policy: str, kind: type) -> None:
     """Of every page that a window may retrieve."""
     world = World(policy)
@@ -91,6 +138,8 @@ def test_the_index_on_cpu_stores_the_same(policy: str, kind: type) -> None:
     far_end = (LENGTH + 1 - 32) // 16
     pages = torch.tensor(world.pages[7][1:far_end])
     mine = [tensor.cpu() for tensor in state_of(world)]
+    if isinstance(world.cpu_layer.index, MinMaxIndex):
+        mine = [tensor.view(torch.int16) for tensor in mine]
     theirs = world.cpu_layer.index.state
     assert torch.equal(mine[0][pages], theirs[0][pages])
     assert mine[0][pages].any()

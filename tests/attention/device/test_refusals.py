@@ -27,22 +27,31 @@ def gpu_engine(options: dict[str, Any], **changed: Any) -> Any:
     return config
 
 
-@pytest.mark.parametrize("policy", ["channels", "simhash", "streaming", "dense"])
+@pytest.mark.parametrize("policy", ["channels", "quest", "simhash", "streaming", "dense"])
 def test_recipes_that_are_served(policy: str) -> None:
     config = gpu_engine({"policy": policy})
     startup.adopt(config)
     assert config.cache_config.block_size == 32
 
 
+@pytest.mark.parametrize("index", ["channels", "minmax", "simhash"])
+@pytest.mark.parametrize("probe", ["last_activated", "mean"])
+def test_their_stages_go_together(index: str, probe: str) -> None:
+    config = gpu_engine({"policy": "infllm", "options": {"index": index, "probe": probe}})
+    startup.adopt(config)
+
+
 @pytest.mark.parametrize(
     ("options", "what"),
     [
-        ({"policy": "quest"}, "Index 'minmax'"),
+        ({"policy": "hcam"}, "Index 'chunk_mean'"),
         ({"policy": "infllm"}, "Index 'representative'"),
         ({"policy": "emllm"}, "Segment 'surprise'"),
         ({"policy": "hax"}, "Index 'buckets'"),
         ({"policy": "channels", "options": {"budget": "top_p"}}, "Budget 'top_p'"),
-        ({"policy": "simhash", "options": {"probe": "mean"}}, "Probe 'mean'"),
+        ({"policy": "quest", "options": {"probe": "activation"}}, "Probe 'activation'"),
+        ({"policy": "quest", "options": {"budget": "recall"}}, "Budget 'recall'"),
+        ({"policy": "quest", "options": {"index": "simhash", "select": "union"}}, "Select 'union'"),
         ({"policy": "channels", "options": {"probe": ["mean", "last_activated"]}}, "Probe "),
     ],
     ids=str,
@@ -51,7 +60,7 @@ def test_recipes_that_are_not(options: dict[str, Any], what: str) -> None:
     with pytest.raises(KvplugError) as caught:
         startup.adopt(gpu_engine(options))
     assert str(caught.value).startswith(what)
-    assert "on CUDA choose policy channels, simhash, streaming or dense" in str(caught.value)
+    assert "on CUDA choose policy channels, quest, simhash, streaming or dense" in str(caught.value)
 
 
 @pytest.mark.parametrize(
