@@ -50,7 +50,7 @@ quality-full: peers
 
 # ARGS passes options on: make test ARGS='-k layout -x'. One test process a core; a file's tests share one.
 test: setup
-	$(PY) -m pytest -n auto --dist loadfile $(ARGS)
+	$(PY) -m pytest -n auto --dist loadfile --no-loadscope-reorder $(ARGS)
 
 check: setup
 	$(PY) -m ruff check .
