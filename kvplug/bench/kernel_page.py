@@ -40,9 +40,16 @@ combination; pages of 32, 64 or 128 tokens; heads of 64, 80, 96, 128 or 256; bfl
 float16. Refused in one sentence: other stages, offload, audits, traces, speculative decoding, \
 microbatches, context parallelism, quantised caches, and requests that ask for a budget of their \
 own.
-* Selected pages are attended to by kvplug's own kernel, or with `attend` set to \
-`flash` among the recipe's options by vLLM's FlashAttention, through a view of single heads' \
-pages. Of that function only a stand-in was ever called.
+* Selected pages are attended to by kvplug's own kernel, or with `attend` among the recipe's \
+options set to `flash` by vLLM's FlashAttention, or to `xformers` by xformers' Triton kernel, \
+both through a view of single heads' pages. Of FlashAttention only a stand-in was ever called; \
+xformers' kernel ran in Triton's interpreter, with block pointers of the tests where Triton has \
+none (`tests/attention/device/test_xformers.py`).
+* `xformers` needs `pip install 'kvplug[xformers]'` (0.0.35, wheels for x86-64) and a Triton \
+before 3.9, which dropped the block pointers that its kernel is written with; the CUDA build of \
+torch 2.13 comes with 3.7.1. It takes heads of 64, 128 or 256 and no models that cap logits. It \
+is called once a layer where pages are head-major and once a KV head where they are token-major, \
+for decoded tokens and for windows of several, which go in pieces of 16 tokens.
 * The host cuts windows from lengths, and reads neither block tables nor slots nor scores back. \
 Windows that attend to everything are vLLM's own kernel's, beside sparse ones by themselves.
 * Keys are summarised as they are written, so contexts below `dense_below` pay for that too; the \

@@ -42,8 +42,8 @@ class Stages:
     """How outputs over pages are merged: ``exact``, by one softmax over everything attended, or
     ``coarse``, by the softmax of page summaries (HCAM)."""
     attend: str | None = None
-    """What attends to selected pages: ``triton``, kvplug's own kernel, or ``flash``, vLLM's
-    FlashAttention, where the platform leaves a choice. None: the platform's first."""
+    """What attends to selected pages, where the platform leaves a choice: ``triton``, kvplug's own
+    kernel, ``flash``, vLLM's FlashAttention, or ``xformers``. None: the platform's first."""
     always_dense: bool = False
     """Attend to everything, by the platform's own path."""
 

@@ -25,7 +25,7 @@ REGISTRIES: dict[str, Registry[Any]] = {
     "select": SELECTS,
 }
 MERGES = ("exact", "coarse")
-ATTENDS = ("triton", "flash")
+ATTENDS = ("triton", "flash", "xformers")
 REPLACEABLE = (*REGISTRIES, "merge", "attend")
 """Options that replace a part of a recipe instead of being its own."""
 
@@ -59,7 +59,7 @@ def replace_stages(stages: Stages, what: str, options: Mapping[str, Any]) -> Sta
         what: What messages call the recipe.
         options: Stage kind -> a name, or ``{"name": ..., field: value}``; probes may be a list of
             such, which are used together, and a segment None, for doing without. ``merge`` ->
-            ``exact`` or ``coarse``, ``attend`` -> ``triton`` or ``flash``.
+            ``exact`` or ``coarse``, ``attend`` -> ``triton``, ``flash`` or ``xformers``.
 
     Raises:
         KvplugError: An unknown stage or field, or stages that do not go together.

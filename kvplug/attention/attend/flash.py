@@ -1,72 +1,24 @@
 """Attention over rows of single heads' pages by FlashAttention, where vLLM has it.
 
-Its kernel takes one row of the page table a sequence, so every (window, KV head) must be a sequence
-of a cache with a single head. Page ``b`` of head ``h`` is a page of such a cache in any layout of
-vLLM's, by strides alone: pages of the view begin at every common divisor of the distances between
-pages and between heads, and most of them overlap.
+Its kernel takes one row of the page table a sequence, so every (window, KV head) is a sequence of
+the view of single heads, in any layout of vLLM's.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from kvplug.attention.attend.single_heads import SingleHeads
 from kvplug.errors import KvplugError
 from kvplug.kernels.page_rows import PageRows
 
 if TYPE_CHECKING:
     from kvplug.attention.device.plan import SparseWindows
     from kvplug.kernels.paged_attention import PagedCache
-
-MOST_ROWS = 2**31
-"""Pages that a table of int32 can name."""
-
-
-class SingleHeads(NamedTuple):
-    """A cache with every (page, KV head) as a page of its own."""
-
-    keys: torch.Tensor
-    """``[rows, P, 1, D]``; rows may overlap."""
-    values: torch.Tensor
-    """``[rows, P, 1, D]``."""
-    page_step: int
-    """Rows from a page to the next."""
-    head_step: int
-    """Rows from a head to the next."""
-
-    @classmethod
-    def of(cls, cache: PagedCache) -> SingleHeads:
-        """Views a cache; no copy.
-
-        Raises:
-            KvplugError: It has more rows than a page table can name.
-        """
-        pages, page, heads, dim = cache.keys.shape
-        by_page, by_token, by_head, _ = cache.keys.stride()
-        if heads == 1:
-            by_head = 0
-        unit = math.gcd(by_page, by_head)
-        rows = ((pages - 1) * by_page + (heads - 1) * by_head) // unit + 1
-        if rows >= MOST_ROWS:
-            raise KvplugError(
-                f"FlashAttention's page table cannot name the {rows} places of this cache: use "
-                f"attend 'triton'."
-            )
-        size, strides = (rows, page, 1, dim), (unit, by_token, dim, 1)
-        keys, values = (
-            side.as_strided(size, strides, side.storage_offset())
-            for side in (cache.keys, cache.values)
-        )
-        return cls(keys, values, by_page // unit, by_head // unit)
-
-    def table(self, pages: torch.Tensor) -> torch.Tensor:
-        """``[S, Hk, W]`` int32 rows of ``[S, Hk, W]`` int32 pages."""
-        heads = torch.arange(pages.shape[1], dtype=torch.int32, device=pages.device)
-        return pages * self.page_step + heads[:, None] * self.head_step
 
 
 class FlashAttend:

@@ -5,10 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+from vllm.platforms import current_platform
 from vllm.v1.attention.backends.triton_attn import TritonAttentionImpl
 
 from kvplug.attention.attend.flash import FlashAttend, vllm_function
 from kvplug.attention.attend.triton import TritonAttend, cache_of
+from kvplug.attention.attend.xformers import XformersAttend
+from kvplug.attention.attend.xformers_operator import operator_of
 from kvplug.attention.layer_refusals import refuse_layer
 from kvplug.errors import KvplugError
 
@@ -35,7 +38,7 @@ class DeviceImpl(TritonAttentionImpl):
         super().__init__(*args, **kwargs)
         refuse_layer(self, chunked_local_attention=self.chunk_lookback >= 0)
         self.pipeline: DevicePipeline | None = None
-        self.attend: TritonAttend | FlashAttend | None = None
+        self.attend: TritonAttend | FlashAttend | XformersAttend | None = None
         self.stages: DeviceLayer | None = None
         self.cache: PagedCache | None = None
         self.hot: HotPool | None = None
@@ -51,15 +54,19 @@ class DeviceImpl(TritonAttentionImpl):
         """Takes the pipeline that the layer's group shares.
 
         Raises:
-            KvplugError: vLLM has no FlashAttention for the layer, and it is asked for.
+            KvplugError: What is asked to attend is not here, or does not serve the layer.
         """
         self.pipeline = pipeline
-        scaling = pipeline.geometry.window, self.scale, float(self.logits_soft_cap)
+        window, cap = pipeline.geometry.window, float(self.logits_soft_cap)
         if pipeline.stages.attend == "flash":
-            function = vllm_function(self.head_size, bool(self.logits_soft_cap))
-            self.attend = FlashAttend(*scaling, function)
+            function = vllm_function(self.head_size, bool(cap))
+            self.attend = FlashAttend(window, self.scale, cap, function)
+        elif pipeline.stages.attend == "xformers":
+            where = pipeline.geometry.page, bool(cap), current_platform.device_type
+            operator = operator_of(self.head_size, *where)
+            self.attend = XformersAttend(window, self.scale, operator)
         else:
-            self.attend = TritonAttend(*scaling)
+            self.attend = TritonAttend(window, self.scale, cap)
 
     @property
     def retrieves(self) -> bool:

@@ -14,11 +14,11 @@ import pytest
 import torch
 from vllm.v1.attention.backends import fa_utils
 
-from kvplug.attention.attend.flash import FlashAttend, SingleHeads, vllm_function
+from kvplug.attention.attend.flash import FlashAttend, vllm_function
 from kvplug.attention.attend.triton import cache_of
 from kvplug.errors import KvplugError
 from tests.attention.device.test_impl import MIXED, SHAPES
-from tests.attention.device.world import DEVICE, World, empty_cache, stand_in
+from tests.attention.device.world import World, stand_in
 from tests.made_up import Piece
 
 CALLS: list[int] = []
@@ -69,25 +69,6 @@ def stand_in_for_flash(**call: Any) -> None:
         unseen = positions > positions[length - len(mine) :, None]
         shares = logits.masked_fill(unseen[:, None], -torch.inf).softmax(-1)
         out[starts[s] : starts[s + 1]] = (shares @ values).to(out.dtype)
-
-
-@pytest.mark.parametrize("layout", ["LBHNC", "LBNHC", "LHBNC", "BLHNC", "BLNHC", "BHLNC"])
-@pytest.mark.parametrize("name", ["g1", "g3"])
-def test_every_page_of_every_head_is_a_page_of_the_view(name: str, layout: str) -> None:
-    """In all layouts that vLLM has; g1 has three heads, g3 has one."""
-    shape = SHAPES[name]
-    kv_cache = empty_cache(shape, layout)
-    numbers = torch.arange(kv_cache.numel(), device=DEVICE) % 1999
-    kv_cache.copy_(numbers.view(kv_cache.shape))
-    cache = cache_of(kv_cache)
-    single = SingleHeads.of(cache)
-    pages = torch.arange(shape.num_pages, dtype=torch.int32, device=DEVICE)[None, None]
-    rows = single.table(pages.expand(1, shape.kv_heads, -1).contiguous())[0]
-    assert len(single.keys) == int(rows.max()) + 1  # nothing is behind the last page
-    for head in range(shape.kv_heads):
-        mine = rows[head].long()
-        assert torch.equal(single.keys[mine, :, 0], cache.keys[:, :, head])
-        assert torch.equal(single.values[mine, :, 0], cache.values[:, :, head])
 
 
 @pytest.mark.parametrize("cap", [0.0, 5.0])

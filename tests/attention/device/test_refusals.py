@@ -99,6 +99,7 @@ def test_drafts_and_odd_heads_are_refused() -> None:
 
 
 def test_attend_is_a_choice_on_cuda_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    startup.adopt(gpu_engine({"options": {"attend": "xformers"}}))
     config = gpu_engine({"options": {"attend": "flash"}})
     startup.adopt(config)
     monkeypatch.setattr(startup, "_is_on_cpu", lambda: True)
