@@ -17,7 +17,7 @@ Run = Callable[..., dict[str, Any]]
 
 def run_child(spec: dict[str, Any], **environment: str) -> subprocess.CompletedProcess[str]:
     """Runs one spec of ``child.py`` to its end, whatever that is."""
-    return run_main("child", json.dumps(spec), **environment)
+    return run_main("child", json.dumps(spec), environment)
 
 
 @cache

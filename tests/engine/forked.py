@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from functools import cache
 from importlib import import_module
 from multiprocessing import forkserver
@@ -33,22 +34,22 @@ def threads() -> str:
 
 
 def run_main(
-    module: str, text: str, seconds: float = 600, **environment: str
+    module: str, text: str, environment: Mapping[str, str] | None = None, seconds: float = 600
 ) -> subprocess.CompletedProcess[str]:
     """Runs the ``main()`` of a module of ``tests.engine`` to its end, whatever that is.
 
     Args:
         module: Its name.
         text: Its standard input.
-        seconds: It may take.
         environment: Beside this process's own; what torch reads when imported has no effect.
+        seconds: It may take.
 
     Raises:
         subprocess.TimeoutExpired: It took longer, and is dead.
     """
     _begin()
     with tempfile.TemporaryDirectory() as folder:
-        arguments = module, text, folder, {**os.environ, **environment}
+        arguments = module, text, folder, {**os.environ, **(environment or {})}
         process = _processes.Process(target=_main, args=arguments)
         process.start()
         process.join(seconds)
