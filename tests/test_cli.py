@@ -151,11 +151,11 @@ def test_bench_without_a_name_compares_policies(monkeypatch: pytest.MonkeyPatch)
 
     asked: list[Any] = []
 
-    def rows(job: Any, policies: Any, dense_repeats: int, say: Any) -> list[dict[str, Any]]:
+    def compared(job: Any, policies: Any, dense_repeats: int, say: Any, rows: Any) -> None:
         asked.append((job.contexts, policies, dense_repeats))
-        return [{"policy": "dense"}]
+        rows.append({"policy": "dense"})
 
-    monkeypatch.setattr(compare, "compare", rows)
+    monkeypatch.setattr(compare, "compare", compared)
     for name in ([], ["policies"]):
         arguments = ["bench", *name, "--json", "--contexts", "600", "--policies", "quest,simhash"]
         shown = CliRunner().invoke(cli.app, arguments)
