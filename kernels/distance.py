@@ -87,10 +87,10 @@ def check_longest(longest: int) -> None:
 
 
 @triton.jit
-def window_moments(  # type: ignore[no-untyped-def]
+def window_sums(  # type: ignore[no-untyped-def]
     p_head, stride_token, count, D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Mean, and sum of squared deviations from it, of one head's ``count`` queries: [BD] each."""
+    """Sum of one head's ``count`` queries: [BD]."""
     o_d = tl.arange(0, BLOCK_D)
     b_sums = tl.zeros([BLOCK_T, BLOCK_D], dtype=tl.float32)
     for t in range(0, count, BLOCK_T):
@@ -98,7 +98,16 @@ def window_moments(  # type: ignore[no-untyped-def]
         m_td = (o_t < count)[:, None] & (o_d < D)[None, :]
         p_block = p_head + o_t.to(tl.int64)[:, None] * stride_token + o_d[None, :]
         b_sums += tl.load(p_block, mask=m_td, other=0.0).to(tl.float32)  # [BT, BD]
-    b_mean = tl.sum(b_sums, 0) / count  # [BD]
+    return tl.sum(b_sums, 0)
+
+
+@triton.jit
+def window_moments(  # type: ignore[no-untyped-def]
+    p_head, stride_token, count, D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Mean, and sum of squared deviations from it, of one head's ``count`` queries: [BD] each."""
+    o_d = tl.arange(0, BLOCK_D)
+    b_mean = window_sums(p_head, stride_token, count, D, BLOCK_T, BLOCK_D) / count  # [BD]
     b_spread = tl.zeros([BLOCK_T, BLOCK_D], dtype=tl.float32)
     for t in range(0, count, BLOCK_T):
         o_t = t + tl.arange(0, BLOCK_T)

@@ -13,7 +13,7 @@ import triton.language as tl
 
 from kvplug.kernels.checks import check, check_devices
 from kvplug.kernels.compile_check import Variant
-from kvplug.kernels.distance import BLOCK, QueryWindows
+from kvplug.kernels.distance import BLOCK, QueryWindows, window_sums
 
 
 @triton.jit
@@ -29,15 +29,10 @@ def _mean_query_kernel(  # type: ignore[no-untyped-def]
         return
     start = tl.load(p_start + i_s).to(tl.int64)
     p_head = p_queries + start * stride_token + i_h.to(tl.int64) * stride_head
-    o_d = tl.arange(0, BLOCK_D)
-    b_sums = tl.zeros([BLOCK_T, BLOCK_D], dtype=tl.float32)
-    for t in range(0, count, BLOCK_T):
-        o_t = t + tl.arange(0, BLOCK_T)
-        m_td = (o_t < count)[:, None] & (o_d < D)[None, :]
-        p_block = p_head + o_t.to(tl.int64)[:, None] * stride_token + o_d[None, :]
-        b_sums += tl.load(p_block, mask=m_td, other=0.0).to(tl.float32)  # [BT, BD]
+    b_sums = window_sums(p_head, stride_token, count, D, BLOCK_T, BLOCK_D)  # [BD]
     # Rounded to nearest, as on CPU, which a GPU's own division is not.
-    b_mean = tl.div_rn(tl.sum(b_sums, 0), tl.full([BLOCK_D], count, tl.float32))  # [BD]
+    b_mean = tl.div_rn(b_sums, tl.full([BLOCK_D], count, tl.float32))  # [BD]
+    o_d = tl.arange(0, BLOCK_D)
     p_out = p_vectors + (i_s * tl.num_programs(1) + i_h).to(tl.int64) * D + o_d
     tl.store(p_out, b_mean, mask=o_d < D)
 

@@ -236,6 +236,13 @@ class Pipeline:
             return self.geometry.budget_pages
         return self.stages.budget.pages(knobs.budget, self.geometry.page)
 
+    def attended(self, table: PageTable) -> torch.Tensor:
+        """What the kernel finds pages in, ``[S * Hk, width]``, whatever the layer.
+
+        The table's own pages, or their slots in hot pools, which every layer that selects then has.
+        """
+        return table.table if self.config.offload is None else table.slots
+
     def _can_wait(self, batch: Batch) -> bool:
         """Whether the step's tokens wait; if not, those that do are told first."""
         self.waiting = self.pending.add(batch)

@@ -135,7 +135,7 @@ class KvplugImpl(CPUAttentionBackendImpl):
         scaling, calls = (self.scale, self.logits_soft_cap, scales), metadata.calls
         by_kernel = plan.by_kernel
         if by_kernel and self._pipeline.stages.budget.varies:
-            calls = self.attend.schedule(table.rows())
+            calls = self.attend.schedule(table.rows(pages=self._pipeline.attended(table)))
         if self.hot is not None:
             calls = calls if by_kernel else []
             self._attend_in_turns(query, output, plan, metadata, calls, scaling)
@@ -170,12 +170,7 @@ class KvplugImpl(CPUAttentionBackendImpl):
         shares = table.shares if self._pipeline.keeps_shares else None
         for first, last in self.hot.turns(*rows, metadata.written(self.hot.page), shares):
             if calls and last - first == len(table.query_start) - 1:
-                part = (
-                    metadata.calls_in_pool(self.attend, table.slots)
-                    if calls is metadata.calls
-                    else self.attend.over(calls, table.slots)
-                )
-                self.attend(query, output, self.cache, part, workspace, *scaling)
+                self.attend(query, output, self.cache, calls, workspace, *scaling)
             elif calls:
                 mine = slice(int(table.query_start[first]), int(table.query_start[last]))
                 part = self.attend.schedule(table.rows(first, last, table.slots))

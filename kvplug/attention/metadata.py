@@ -34,23 +34,16 @@ class KvplugMetadata(CPUAttentionMetadata):
     plan: Plan | None = None
     """None: every window is dense, nobody watches, and the step takes the stock path."""
     calls: list[Call] = field(default_factory=list)
-    """The kernel's, over the plan's page table."""
+    """The kernel's, over what :meth:`Pipeline.attended` says."""
     pipeline: Pipeline | None = None
     """Of the group."""
     _written: Written | None = None
-    _calls_in_pool: list[Call] | None = None
 
     def written(self, page: int) -> Written:
         """The pages of ``page`` tokens that the step writes to, found once."""
         if self._written is None:
             self._written = Written.of(self.slot_mapping[: self.num_actual_tokens], page)
         return self._written
-
-    def calls_in_pool(self, attend: CpuAttend, slots: torch.Tensor) -> list[Call]:
-        """:attr:`calls` over ``slots``, a table that every layer's pool writes; made once."""
-        if self._calls_in_pool is None:
-            self._calls_in_pool = attend.over(self.calls, slots)
-        return self._calls_in_pool
 
     def learn(self, hidden: torch.Tensor, tokens: torch.Tensor, model: Any) -> None:
         """Lets the recipe learn from the step's output, where it does.
@@ -130,5 +123,6 @@ class KvplugMetadataBuilder(CPUAttentionMetadataBuilder):
         plan = self.pipeline.plan(batch)
         metadata.plan, metadata.pipeline = plan, self.pipeline
         if plan is not None and plan.table is not None and plan.by_kernel:
-            metadata.calls = self.attend.schedule(plan.table.rows())
+            pages = self.pipeline.attended(plan.table)
+            metadata.calls = self.attend.schedule(plan.table.rows(pages=pages))
         return metadata

@@ -121,17 +121,8 @@ class CpuAttend:
         lengths = rows.seq_lens.view(-1, heads).T.contiguous()
         return [
             self._call(pages, lengths[h], rows.query_start)
-            for h, pages in enumerate(self._by_head(rows.pages))
+            for h, pages in enumerate(rows.pages.unflatten(0, (-1, heads)).unbind(1))
         ]
-
-    def _by_head(self, pages: torch.Tensor) -> list[torch.Tensor]:
-        """``[S * Hk, width]`` as a table for each KV head."""
-        return list(pages.unflatten(0, (-1, self.num_kv_heads)).unbind(1))
-
-    def over(self, calls: list[Call], pages: torch.Tensor) -> list[Call]:
-        """The same calls over another table ``[S * Hk, width]``."""
-        tables = [pages] if len(calls) == 1 else self._by_head(pages)
-        return [call._replace(pages=table) for call, table in zip(calls, tables, strict=True)]
 
     def _call(self, pages: torch.Tensor, lengths: torch.Tensor, start: torch.Tensor) -> Call:
         split = ops.cpu_attn_get_scheduler_metadata(
