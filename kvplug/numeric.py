@@ -69,6 +69,22 @@ def from_bfloat16(bits):  # type: ignore[no-untyped-def]
     return bits_float(np.uint32(np.uint32(bits) << np.uint32(16)))
 
 
+@intrinsic
+def number(typing_context: Any, value: Any) -> Any:
+    """A ``float32`` as it is, or the value of ``bfloat16`` bits: for functions that take either."""
+    if value == types.float32:
+        return types.float32(types.float32), lambda context, builder, signature, args: args[0]
+    if value != types.uint16:
+        return None
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        wide = builder.zext(args[0], context.get_value_type(types.uint32))
+        bits = builder.shl(wide, context.get_constant(types.uint32, 16))
+        return builder.bitcast(bits, context.get_value_type(types.float32))
+
+    return types.float32(types.uint16), generate
+
+
 @njit(cache=True, fastmath={"contract", "reassoc", "nsz"})
 def dot_bfloat16(vector, bits):  # type: ignore[no-untyped-def]
     """``vector . bits`` for ``[D]`` float32 and ``[D]`` bfloat16 bits, as a float32.

@@ -13,6 +13,7 @@ from functools import cached_property
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
 
+import numpy as np
 import torch
 
 from kvplug.errors import KvplugError
@@ -89,6 +90,21 @@ class Passage:
             return as_float(self._queries, self.workspace, "queries")
         queries = self.workspace.take("queries", tuple(self._queries.shape), torch.float32)
         return self._fixed.move_queries(queries.copy_(self._queries), self.step.positions)
+
+    def query_memory(self) -> tuple[np.ndarray, int]:
+        """Queries where they lie, for those who read them once and convert nothing.
+
+        Returns:
+            Flat memory, of float32 or of bfloat16 bits as uint16, and how far apart tokens are in
+            it: number ``d`` of head ``h`` of token ``t`` is at ``t * apart + h * D + d``.
+        """
+        queries = self._queries
+        lies_flat = queries.stride()[1:] == (queries.shape[2], 1)
+        if self._fixed is not None or queries.dtype != torch.bfloat16 or not lies_flat:
+            return self.queries.view(-1).numpy(), self.queries.stride(0)
+        apart = queries.stride(0)
+        length = (len(queries) - 1) * apart + queries[0].numel()
+        return queries.as_strided((length,), (1,)).view(torch.uint16).numpy(), apart
 
     @cached_property
     def keys(self) -> torch.Tensor:

@@ -17,6 +17,7 @@ from numba import njit, prange
 
 from kvplug.carry import NOWHERE, carried
 from kvplug.compiled import compiled
+from kvplug.numeric import number
 from kvplug.stage import Layer, Memory
 
 if TYPE_CHECKING:
@@ -61,8 +62,9 @@ class QueryStatistics(Memory):
     def watch(self, passage: Passage) -> None:
         """Takes in the step's windows, in order."""
         step, stream = passage.step, passage.step.stream
+        queries, apart = passage.query_memory()
         _watch(
-            passage.queries.numel() // LANES * PASSES, passage.queries.numpy(),
+            len(queries) // LANES * PASSES, queries, apart,
             stream.request, stream.token_start, stream.num_tokens, stream.context_end,
             step.stream_prefills, step.block_table_host, self.shape.window, self.shape.page,
             *self.host,
@@ -70,19 +72,25 @@ class QueryStatistics(Memory):
 
 
 @njit(cache=True, fastmath={"contract"})
-def _moments(queries, start, count, head, mean, spread):  # type: ignore[no-untyped-def]
-    """Mean and sum of squared deviations of ``count`` queries of one head; both ``[D]``."""
+def _moments(queries, apart, first, count, mean, spread):  # type: ignore[no-untyped-def]
+    """Mean and sum of squared deviations of ``count`` queries of one head; both ``[D]``.
+
+    The first query's numbers are at ``first`` of the flat ``queries``, the next's ``apart`` later.
+    Slices of flat memory have no gaps that the compiler could fear, so these loops run on vectors.
+    """
     dim = mean.shape[0]
     mean[:] = 0
     spread[:] = 0
-    for token in range(start, start + count):
+    for token in range(count):
+        query = queries[first + token * apart : first + token * apart + dim]
         for d in range(dim):
-            mean[d] += queries[token, head, d]
+            mean[d] += number(query[d])
     for d in range(dim):
         mean[d] /= np.float32(count)
-    for token in range(start, start + count):
+    for token in range(count):
+        query = queries[first + token * apart : first + token * apart + dim]
         for d in range(dim):
-            delta = queries[token, head, d] - mean[d]
+            delta = number(query[d]) - mean[d]
             spread[d] += delta * delta
 
 
@@ -104,11 +112,14 @@ def _pool(seen, count, mean, spread, means, variances):  # type: ignore[no-untyp
 
 @compiled(fastmath={"contract"})
 def _watch(  # type: ignore[no-untyped-def]
-    queries, request, token_start, num_tokens, context_end, prefills, block_table, window, page,
-    means, variances, counts,
+    queries, apart, request, token_start, num_tokens, context_end, prefills, block_table, window,
+    page, means, variances, counts,
 ):  # fmt: skip
-    """Goes on from what each window finds, and writes what it leaves."""
-    _, heads, dim = queries.shape
+    """Goes on from what each window finds, and writes what it leaves.
+
+    ``queries`` and ``apart`` are those of :meth:`Passage.query_memory`.
+    """
+    _, heads, dim = means.shape
     for head in prange(heads):
         mean, spread = np.empty(dim, dtype=np.float32), np.empty(dim, dtype=np.float32)
         for s in range(request.shape[0]):
@@ -126,7 +137,8 @@ def _watch(  # type: ignore[no-untyped-def]
                 variances[here, head] = variances[before, head]
             counts[here, head] = seen
             if prefills[s]:
-                _moments(queries, token_start[s], num_tokens[s], head, mean, spread)
+                first = token_start[s] * apart + head * dim
+                _moments(queries, apart, first, num_tokens[s], mean, spread)
                 if np.isfinite(spread.sum()):
                     count = np.float32(num_tokens[s])
                     counts[here, head] = seen + count
