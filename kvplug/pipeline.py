@@ -362,10 +362,11 @@ class Pipeline:
             slots = np.arange(end - tokens, end)
             batch = Batch(starts, ends, np.array([tokens > 1]), pages, slots)
             plan = self.plan(batch)
-            if plan is not None:
-                self.run(layer, queries[:tokens], keys[:tokens], plan)
-            if plan is not None and self.segmenter is not None:
-                for dtype in (torch.float32, torch.bfloat16):
+            if plan is None:
+                continue
+            for dtype in (torch.float32, torch.bfloat16):
+                self.run(layer, queries[:tokens].to(dtype), keys[:tokens].to(dtype), plan)
+                if self.segmenter is not None:
                     self.learn(keys[:tokens, 0], ids[:tokens], _NoModel(dtype), plan.step)
 
 
