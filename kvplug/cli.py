@@ -157,8 +157,9 @@ def demo_words(result: dict[str, Any]) -> str:
     if result["runs"]["dense"] is None:
         return (
             f"kvplug: {ours['kv_gib']:.2f} GiB of KV on disk, {ours['bytes_read_gib']:.2f} GiB "
-            f"read back; the engine's peak memory {ours['peak_rss_gib']:.2f} GiB, "
-            f"{ours['engine_rss_gib']:.2f} GiB of it before the question; {attended}"
+            f"read back; hot pool, index and buffers {ours['kv_memory_gib']:.2f} GiB; the "
+            f"engine's peak memory {ours['peak_rss_gib']:.2f} GiB, {ours['engine_rss_gib']:.2f} "
+            f"GiB of it before the question; {attended}"
         )
     return (
         f"kvplug: first token {result['ttft_ratio']:.1f}x sooner, decode "

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 
@@ -19,6 +19,9 @@ from kvplug.attended import attended_share
 from kvplug.errors import KvplugError
 from kvplug.machine import engine_environment, num_threads, versions
 from kvplug.policies import check
+
+if TYPE_CHECKING:
+    from kvplug.models.documents import NeedlePrompt
 
 PAGE = 32
 CHUNK = 4096
@@ -51,7 +54,9 @@ class OffloadedRun(Run):
     peak_rss_gib: float
     """The engine process's, mapped pages included."""
     engine_rss_gib: float
-    """What it held before the question: model and libraries."""
+    """What it held before the question, when it had served a prompt that retrieves nothing."""
+    kv_memory_gib: float
+    """Of hot pool, index and buffers: what kvplug keeps in memory for the document's KV."""
 
 
 def demo(
@@ -95,6 +100,8 @@ def demo(
             f"--context {context} is longer than the model's {longest} positions allow."
         )
     prompt = needle_prompt(tokenizer, context, depth=0.35, seed=7)
+    # As long as a step of the question's, so that what vLLM needs for one is there before it.
+    warm_up = needle_prompt(tokenizer, min(CHUNK, config.dense_below, context), depth=0.5, seed=8)
     flags = [
         "--max-model-len", str(context + 2 * DECODED), "--block-size", str(PAGE),
         "--max-num-batched-tokens", str(CHUNK), "--served-model-name", "recall",
@@ -114,7 +121,9 @@ def demo(
             commands["kvplug"] += ["--offload", json.dumps(options)]
         for name, command in commands.items():
             say(f"{name}: starting its server")
-            run = runs[name] = _ask(name, command, prompt, context, say, tier is not None)
+            run = runs[name] = _ask(
+                name, command, (warm_up, prompt), context, say, tier is not None
+            )
             say(f"{name}: {run.answer!r}, first token after {run.ttft_s:.2f} s")
     dense, ours = runs["dense"], runs["kvplug"]
     assert ours is not None
@@ -154,10 +163,10 @@ def longest_context(model: Path) -> int:
 
 
 def _ask(
-    name: str, command: list[str], prompt: Any, context: int, say: Callable[[str], None],
-    is_offloaded: bool,
+    name: str, command: list[str], prompts: tuple[NeedlePrompt, NeedlePrompt], context: int,
+    say: Callable[[str], None], is_offloaded: bool,
 ) -> Run:  # fmt: skip
-    """Starts a server, asks once, measures, stops it."""
+    """Starts a server, warms it up by one prompt, asks another, measures, stops it."""
     from openai import OpenAI
 
     from kvplug.serve.server import running_server
@@ -171,7 +180,8 @@ def _ask(
         running_server(command, environment, Path(folder) / f"{name}.log") as server,
     ):
         client = OpenAI(base_url=server.url, api_key="none", timeout=3600, max_retries=0)
-        _stream(client, [{"role": "user", "content": "What is warm?"}], 4, False)
+        warm_up, prompt = prompts
+        _stream(client, warm_up.messages(), 4, False)
         say(f"{name}: asking")
         before = rss_gib(server.pid, "VmRSS") if is_offloaded else 0.0
         if is_offloaded:
@@ -181,6 +191,7 @@ def _ask(
         _, decoded = _stream(client, prompt.messages(), DECODED, True)
         if is_offloaded:
             peak, read = rss_gib(server.pid, "VmHWM"), cold_read_gib(server.url)
+            ours = kv_memory_gib(server.url)
     gaps = [later - earlier for earlier, later in itertools.pairwise(decoded[1:])]
     run = Run(
         answer.strip(), answer.strip() == prompt.expected, times[1] - times[0],
@@ -190,7 +201,7 @@ def _ask(
         return run
     model = Path(command[command.index("serve") + 1])
     return OffloadedRun(**asdict(run), kv_gib=kv_gib(model, context), bytes_read_gib=read,
-                        peak_rss_gib=peak, engine_rss_gib=before)  # fmt: skip
+                        peak_rss_gib=peak, engine_rss_gib=before, kv_memory_gib=ours)  # fmt: skip
 
 
 def rss_gib(pid: int, field: str) -> float:
@@ -227,6 +238,15 @@ def cold_read_gib(url: str) -> float:
 
     text = httpx.get(f"{url.removesuffix('/v1')}/metrics", timeout=60).text
     return values_of(text).get("kvplug:cold_read_bytes_total", 0.0) / 2**30
+
+
+def kv_memory_gib(url: str) -> float:
+    """What a server's worker says that it keeps in memory for KV: hot pool, index and buffers."""
+    import httpx
+
+    status = httpx.get(f"{url}/kvplug/status", timeout=60).json()
+    parts = ("pool_bytes", "index_bytes", "buffer_bytes")
+    return sum(worker[part] for worker in status["workers"] for part in parts) / 2**30
 
 
 def _stream(

@@ -152,6 +152,10 @@ class Pipeline:
         mine = sum(layer.nbytes() for layer in self.layers)
         return mine + sum(memory.nbytes() for memory in self.common.values())
 
+    def scratch_bytes(self) -> int:
+        """Bytes of buffers that steps work in, as large as the largest so far needed."""
+        return self.workspace.nbytes()
+
     def plan(self, batch: Batch) -> Plan | None:
         """Plans one step.
 

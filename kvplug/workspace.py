@@ -6,6 +6,9 @@ import math
 
 import torch
 
+SPARE_BYTES = 2**20
+"""What a buffer that grows is made larger than asked, at most; small ones by half."""
+
 
 class Workspace:
     """Named scratch tensors that only ever grow; one workspace serves every layer of a group.
@@ -28,8 +31,10 @@ class Workspace:
         size = math.prod(shape)
         buffer = self._buffers.get(name)
         if buffer is None or buffer.numel() < size:
-            buffer = torch.empty(size + size // 2, dtype=dtype)
-            self._buffers[name] = buffer
+            self._buffers.pop(name, None)  # its memory is free before the larger one's is taken
+            del buffer
+            spare = min(size // 2, SPARE_BYTES // dtype.itemsize)
+            buffer = self._buffers[name] = torch.empty(size + spare, dtype=dtype)
         return buffer[:size].view(shape)
 
     def nbytes(self) -> int:

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from kvplug.windows import Ints
     from kvplug.workspace import Workspace
 
-PAGES_PER_READ = 256
-"""Pages whose keys are unpacked at a time: 16 MiB with 4 heads of 32 tokens and 128 numbers."""
+PAGES_PER_READ = 64
+"""Pages whose keys are unpacked at a time: 4 MiB with 4 heads of 32 tokens and 128 numbers."""
 
 
 class Index(Stage):

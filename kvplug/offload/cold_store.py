@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 GIB = 2**30
 LOCK = "kvplug.lock"
 """File in the folder whose lock says that an engine uses it."""
-RELEASE_AFTER = 64 * 2**20
+RELEASE_AFTER = 32 * 2**20
 """Bytes of the mapping that may be in memory before it is given back."""
 LEAST_TOUCHED = 2**18
 """Bytes that a step counts for at least: a decoded token touches pages of the system's size."""
@@ -60,6 +60,8 @@ class ColdStore:
         self._map: mmap.mmap | None = None
         self._lock: int | None = None
         self._touched = 0
+        self.most_mapped = 0
+        """Most bytes of the mapping that were in memory, by what was touched of it."""
         if offload.tier == "disk":
             self._lock = lock_folder(offload.path or "", rank)
 
@@ -88,8 +90,11 @@ class ColdStore:
 
         Their content stays with the file.
         """
+        if self._map is None:
+            return
         self._touched += max(nbytes, LEAST_TOUCHED)
-        if self._map is not None and self._touched >= RELEASE_AFTER:
+        self.most_mapped = max(self.most_mapped, self._touched)
+        if self._touched >= RELEASE_AFTER:
             self._touched = 0
             self._map.madvise(mmap.MADV_DONTNEED)
 

@@ -60,7 +60,7 @@ class HotPool:
         self.counts = PoolCounts()
         self.unreadable: set[int] = set()
         """Physical pages that could not be read since :meth:`take_unreadable`."""
-        self._store = store
+        self.store = store
         self._state = Slots.empty(
             entries, slots, by_mass=options.eviction == "mass", ahead=bool(options.prefetch),
             links=None if links is None else links.arrays, by_event=options.eviction == "event",
@@ -186,7 +186,7 @@ class HotPool:
         self._written = written
         nbytes = written.tokens * self._size * self.num_kv_heads // self.page
         self.counts.bytes_written += nbytes
-        self._store.touched(nbytes)
+        self.store.touched(nbytes)
         most = ONE_THREAD_BELOW * BYTES_PER_STEP // self._size
         return (
             written.pages, written.begun, self._places, most, self._entries, self._into,
@@ -205,12 +205,12 @@ class HotPool:
         entries, into = self._entries[:missing], self._into[:missing]
         self.counts.bytes_read += missing * self._size
         work = missing * self._size // BYTES_PER_STEP
-        if self._store.fd is None:
+        if self.store.fd is None:
             copy_pages(work, self._places, entries, into)
             return
         failed = self._failed[:missing]
         read_pages(
-            work, self._store.fd, self._offset, self._places, self._written.pages, entries, into,
+            work, self.store.fd, self._offset, self._places, self._written.pages, entries, into,
             failed,
         )  # fmt: skip
         if failed.any():

@@ -24,6 +24,12 @@ class Pools:
         """Of all layers together."""
         return sum((pool.counts for pool in self.pools), PoolCounts())
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all slots and maps, and the most that was mapped of the store behind them."""
+        mapped = max((pool.store.most_mapped for pool in self.pools), default=0)
+        return mapped + sum(pool.nbytes() for pool in self.pools)
+
     def take_unreadable(self) -> set[int]:
         """Pages that any layer could not read since this was last asked."""
         found: set[int] = set()

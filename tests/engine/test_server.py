@@ -131,6 +131,7 @@ def test_status_and_config_are_behind_the_key(client):
     assert worker["retrieving_layers"] == 2
     assert worker["index_bytes"] * 64 == pytest.approx(worker["kv_bytes"], rel=0.05)
     assert worker["pool"] is None
+    assert (worker["pool_bytes"], worker["buffer_bytes"] > 0) == (0, True)
 
 
 def selection(client: Any) -> dict[str, int]:

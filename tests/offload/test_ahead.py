@@ -144,7 +144,7 @@ def test_a_page_that_cannot_be_read_ahead_fails_nobody(tmp_path_factory: Any) ->
     made = engine("disk", tmp_path_factory, "next_layer")
     store, broken = made.store, os.pipe()
     kept, store.fd = store.fd, broken[1]
-    made.pools[0]._store.fd = broken[1]
+    made.pools[0].store.fd = broken[1]
     made.pools[0].next = made.pools[1]
     made.written = Written.of(torch.tensor([3 * PAGE + 1, 4 * PAGE + 1]), PAGE)
     made.attend([[3, 4]], layer=0)  # just written: from memory

@@ -157,7 +157,7 @@ class CpuAttend:
             output: ``[T, H, D]`` contiguous, written.
             cache: The layer's pages.
             calls: From :meth:`schedule`, with this layer's pages selected.
-            workspace: Where outputs of single heads live.
+            workspace: Where the output of a single head lives.
             scaling: Scale of the dot products; cap of the logits, 0 for none; scales of quantised
                 keys and values.
         """
@@ -168,12 +168,11 @@ class CpuAttend:
             self._kernel(query.reshape(rows), output.view(rows), cache, calls[0], *scaling)
             return
         # The kernel reads queries at any distance, but writes its output in one piece.
-        shape = (len(calls), tokens, group, dim)
-        attended = workspace.take("attend.output", shape, query.dtype)
-        heads = query.unflatten(1, (len(calls), group))
+        attended = workspace.take("attend.output", (tokens, group, dim), query.dtype)
+        heads, outputs = (x.unflatten(1, (len(calls), group)) for x in (query, output))
         for head, call in enumerate(calls):
-            self._kernel(heads[:, head], attended[head], cache, call, *scaling)
-        output.view(tokens, len(calls), -1).copy_(attended.flatten(2).transpose(0, 1))
+            self._kernel(heads[:, head], attended, cache, call, *scaling)
+            outputs[:, head].copy_(attended)
 
     def _kernel(
         self,
