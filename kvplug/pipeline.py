@@ -22,7 +22,7 @@ from kvplug.policies import make_stages
 from kvplug.rotary import FixedPositions, PageNumbers
 from kvplug.select.unranked import count_unranked
 from kvplug.selection_counts import SelectionCounts
-from kvplug.stage import Layer, LayerShape, Memory, Passage
+from kvplug.stage import Layer, LayerShape, Memory, Passage, Scratch
 from kvplug.step import Sealing, Step
 from kvplug.windows import EVERYTHING, Batch, cut_windows
 from kvplug.workspace import Workspace
@@ -154,7 +154,8 @@ class Pipeline:
 
     def scratch_bytes(self) -> int:
         """Bytes of buffers that steps work in, as large as the largest so far needed."""
-        return self.workspace.nbytes()
+        shared = [m.workspace for m in self.common.values() if isinstance(m, Scratch)]
+        return sum(workspace.nbytes() for workspace in (self.workspace, *shared))
 
     def plan(self, batch: Batch) -> Plan | None:
         """Plans one step.

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from numba import get_num_threads
 
 from kvplug.stage import Layer, Memory, Stage
 
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
 
 PAGES_PER_READ = 64
 """Pages whose keys are unpacked at a time: 4 MiB with 4 heads of 32 tokens and 128 numbers."""
+
+SCRATCH_PER_THREAD = 2**21
+"""Bytes that a thread fills and reads before windows go on in turns: they stay in its caches."""
 
 
 class Index(Stage):
@@ -61,6 +65,21 @@ class PageIndex(Memory):
     def bytes_per_token(self) -> float:
         """Bytes of index per token and layer, all KV heads."""
         return self.nbytes() / (self.shape.num_pages * self.shape.page)
+
+
+def in_turns(windows: int, window_bytes: int) -> Iterator[slice]:
+    """Windows in groups whose scratch fits the caches of the threads that fill and read it.
+
+    Args:
+        windows: How many.
+        window_bytes: Scratch of each.
+
+    Yields:
+        Which of them, at least one at a time.
+    """
+    count = max(SCRATCH_PER_THREAD * get_num_threads() // max(window_bytes, 1), 1)
+    for first in range(0, windows, count):
+        yield slice(first, min(first + count, windows))
 
 
 def read_pages(

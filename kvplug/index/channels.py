@@ -30,7 +30,7 @@ from numba import njit, prange
 
 from kvplug.compiled import compiled
 from kvplug.errors import KvplugError
-from kvplug.index.base import Index, PageIndex, read_pages
+from kvplug.index.base import Index, PageIndex, in_turns, read_pages
 from kvplug.index.shares import LOG2_E, OPERATIONS, sum_shares
 from kvplug.numeric import popcount
 from kvplug.stage import Layer, Scratch
@@ -149,17 +149,21 @@ class ChannelsIndex(PageIndex):
             self._chosen_host, self._scales_host, np.float32(self.shape.scale) * LOG2_E,
             asked, units,
         )  # fmt: skip
-        shape = *vectors.shape[:3], scores.shape[2]
-        logits = self._scratch.take("channels.logits", shape, torch.float32).numpy()
-        work = PLANES * self._codes.shape[2] * self.shape.page // WORDS_PER_VECTOR
-        _score_pages(
-            logits.size * max(work, 1), self._codes_host, asked, units, counts, rows,
-            windows.request, windows.far_begin, windows.far_end, step.block_table_host, logits,
-        )  # fmt: skip
-        sum_shares(
-            logits.size * OPERATIONS // LANES, logits, counts, rows, windows.far_begin,
-            windows.far_end, scores.numpy(),
-        )  # fmt: skip
+        work = max(PLANES * self._codes.shape[2] * self.shape.page // WORDS_PER_VECTOR, 1)
+        found, (most, pages) = scores.numpy(), (vectors.shape[2], scores.shape[2])
+        num, heads = vectors.shape[:2]
+        for part in in_turns(num, heads * most * pages * 4):
+            shape = part.stop - part.start, heads, most, pages
+            logits = self._scratch.take("channels.logits", shape, torch.float32).numpy()
+            _score_pages(
+                logits.size * work, self._codes_host, asked[part], units[part], counts[part],
+                rows[part], windows.request, windows.far_begin, windows.far_end,
+                step.block_table_host, logits,
+            )  # fmt: skip
+            sum_shares(
+                logits.size * OPERATIONS // LANES, logits, counts[part], rows[part],
+                windows.far_begin, windows.far_end, found[part],
+            )  # fmt: skip
 
 
 @compiled()

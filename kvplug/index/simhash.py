@@ -21,7 +21,7 @@ import torch
 from numba import njit, prange
 
 from kvplug.compiled import compiled
-from kvplug.index.base import Index, PageIndex, read_pages
+from kvplug.index.base import Index, PageIndex, in_turns, read_pages
 from kvplug.index.planes import BITS, LANES, WORDS_PER_VECTOR, draw_planes, probe_words, sign_words
 from kvplug.numeric import popcount
 from kvplug.stage import Layer, Scratch
@@ -92,19 +92,23 @@ class SimHashIndex(PageIndex):
         rows = step.sparse_windows
         several = windows.num_tokens[rows] > 1
         most = vectors.shape[2] if several.any() else 0
-        nearest = self._scratch.take(
-            "simhash.nearest", (*scores.shape[:2], most, scores.shape[2]), torch.uint8
-        ).numpy()
-        _score_pages(
-            scores.numel() * work, self._words_host, words, counts, several, rows,
-            windows.request, windows.far_begin, windows.far_end, step.block_table_host, nearest,
-            scores.numpy(),
-        )  # fmt: skip
-        if most:
-            _score_by_excess(
-                scores.numel() * most // BYTES_PER_VECTOR, counts, several, rows,
-                windows.far_begin, windows.far_end, nearest, scores.numpy(),
+        num, heads, pages = scores.shape
+        found = scores.numpy()
+        for part in in_turns(num, heads * most * pages):
+            size = part.stop - part.start
+            nearest = self._scratch.take(
+                "simhash.nearest", (size, heads, most, pages), torch.uint8
+            ).numpy()
+            _score_pages(
+                size * heads * pages * work, self._words_host, words[part], counts[part],
+                several[part], rows[part], windows.request, windows.far_begin, windows.far_end,
+                step.block_table_host, nearest, found[part],
             )  # fmt: skip
+            if most:
+                _score_by_excess(
+                    nearest.size // BYTES_PER_VECTOR, counts[part], several[part], rows[part],
+                    windows.far_begin, windows.far_end, nearest, found[part],
+                )  # fmt: skip
 
 
 @compiled()
