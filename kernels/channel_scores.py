@@ -45,8 +45,11 @@ class ChannelScratch(NamedTuple):
 def _agreement(b_low, b_high, p_asked):  # type: ignore[no-untyped-def]
     """Weights of the bits in which words, given as two ``uint32`` blocks, are as asked."""
     sign = tl.load(p_asked)
-    b_low = ~(b_low ^ sign.to(tl.uint32))
-    b_high = ~(b_high ^ (sign >> 32).to(tl.uint32))
+    # What differs from the opposite is equal: to turn unsigned words over, Triton 3.6's interpreter
+    # makes a -1 that numpy refuses.
+    opposite = ~sign
+    b_low ^= opposite.to(tl.uint32)
+    b_high ^= (opposite >> 32).to(tl.uint32)
     b_sum = tl.zeros(b_low.shape, dtype=tl.int32)
     for i in tl.static_range(3):
         plane = tl.load(p_asked + 1 + i)
