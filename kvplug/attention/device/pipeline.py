@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from kvplug.attention.device.memory import DeviceMemory, first_pages, make_memory
+from kvplug.attention.device.filled import chunk_ends
+from kvplug.attention.device.memories import make_memory
+from kvplug.attention.device.memory import DeviceMemory, first_pages
 from kvplug.attention.device.plan import DevicePlan, Lengths, SparseWindows, make_plan
 from kvplug.attention.device.probes import make_probe
 from kvplug.config import KvplugConfig
@@ -126,6 +128,8 @@ class DevicePipeline:
         self.counts = SelectionCounts()
         self.first_tokens = 0
         """Of a context, that are learnt from when all are there."""
+        self.chunk_pages = 0
+        """Of chunks that are learnt from when they are complete; 0: there are none."""
         self.trace: Any = None
         """Nothing is traced on a GPU."""
 
@@ -143,6 +147,7 @@ class DevicePipeline:
         """A layer, with what it remembers."""
         layer = DeviceLayer(self, shape, cache)
         self.first_tokens = first_pages(shape) * shape.page
+        self.chunk_pages = layer.memory.chunk_pages if layer.memory is not None else 0
         self.layers.append(layer)
         return layer
 
@@ -154,6 +159,9 @@ class DevicePipeline:
             self.counts.dense_tokens += int(lengths.query_start[-1])
             return None
         plan = make_plan(lengths, block_table, slots, self.geometry, self.first_tokens)
+        if self.chunk_pages:
+            sizes = self.geometry.page, self.chunk_pages
+            plan = plan._replace(chunks=chunk_ends(lengths, *sizes, block_table.device))
         rows = self.num_kv_heads * len(self.layers)
         self.counts.add(plan.windows, self.geometry.page, rows, varies=False)
         return plan

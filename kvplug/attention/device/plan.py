@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from kvplug.kernels.chunk_means import ChunkEnds
 from kvplug.kernels.far_pages import FarPages
 from kvplug.kernels.page_rows import Contexts
 from kvplug.pages import PageGeometry
@@ -36,6 +37,8 @@ class SparseWindows(NamedTuple):
     """How many have one token."""
     most_far: int
     """Far pages of the window that has most of them, at least 1."""
+    budget: int
+    """Far pages that a window selects, where the recipe's budget is fixed."""
     tokens: torch.Tensor
     """``[Ts]`` int32 places in the step of the tokens of the step's other windows."""
     query_start: torch.Tensor
@@ -59,9 +62,9 @@ class SparseWindows(NamedTuple):
 
     def span(self, first: int, last: int) -> SparseWindows:
         """Windows ``first`` to ``last``, the latter not included."""
-        columns = (column[first:last] for column in self[4:])
+        columns = (column[first:last] for column in self[5:])
         singles = min(max(self.singles - first, 0), last - first)
-        return SparseWindows(singles, *self[1:4], *columns)
+        return SparseWindows(singles, *self[1:5], *columns)
 
     def contexts(self, block_table: torch.Tensor, page: int) -> Contexts:
         """Where the regions of the windows' contexts lie.
@@ -108,6 +111,8 @@ class DevicePlan(NamedTuple):
     """None: every window attends to everything."""
     dense: DenseRows | None
     """None: no window does, beside sparse ones."""
+    chunks: ChunkEnds | None = None
+    """Chunks that the step completes, for an index that has chunks."""
 
 
 def make_plan(
@@ -136,7 +141,7 @@ def make_plan(
     sparse = dense_rows = None
     if len(order):
         most_far = int((windows.far_end - windows.far_begin)[order].max())
-        sparse = SparseWindows(singles, max(most_far, 1), *on_device[6:])
+        sparse = SparseWindows(singles, max(most_far, 1), geometry.budget_pages, *on_device[6:])
     if len(dense):
         tokens, query_start, request, seq_lens = on_device[2:6]
         longest = int(windows.num_tokens[dense].max()), int(windows.context_end[dense].max())

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from kvplug.budget.fixed import FixedBudget, NoBudget
 from kvplug.errors import KvplugError
 from kvplug.index.channels import Channels
+from kvplug.index.chunk_mean import ChunkMean
 from kvplug.index.minmax import MinMax
 from kvplug.index.simhash import SimHash
 from kvplug.kernels.checks import HEAD_DIMS
@@ -28,7 +29,7 @@ UNTRIED = (
     "rely on them: kvplug bench kernels checks every kernel on this device."
 )
 """Logged once, where an engine starts on CUDA."""
-RECIPES = "channels, quest, simhash, streaming or dense"
+RECIPES = "channels, quest, simhash, hcam, streaming or dense"
 
 
 def check_recipe(stages: Stages) -> None:
@@ -39,7 +40,7 @@ def check_recipe(stages: Stages) -> None:
     """
     served: tuple[tuple[Stage | None, tuple[type, ...]], ...] = (
         (stages.segment, ()),
-        (stages.index, (Channels, MinMax, SimHash)),
+        (stages.index, (Channels, ChunkMean, MinMax, SimHash)),
         (stages.probe, (LastAndActivatedProbe, MeanProbe)),
         (stages.budget, (FixedBudget, NoBudget)),
         (stages.select, (TopPages,)),

@@ -27,14 +27,14 @@ def gpu_engine(options: dict[str, Any], **changed: Any) -> Any:
     return config
 
 
-@pytest.mark.parametrize("policy", ["channels", "quest", "simhash", "streaming", "dense"])
+@pytest.mark.parametrize("policy", ["channels", "quest", "simhash", "hcam", "streaming", "dense"])
 def test_recipes_that_are_served(policy: str) -> None:
     config = gpu_engine({"policy": policy})
     startup.adopt(config)
     assert config.cache_config.block_size == 32
 
 
-@pytest.mark.parametrize("index", ["channels", "minmax", "simhash"])
+@pytest.mark.parametrize("index", ["channels", "minmax", "simhash", "chunk_mean"])
 @pytest.mark.parametrize("probe", ["last_activated", "mean"])
 def test_their_stages_go_together(index: str, probe: str) -> None:
     config = gpu_engine({"policy": "infllm", "options": {"index": index, "probe": probe}})
@@ -44,7 +44,6 @@ def test_their_stages_go_together(index: str, probe: str) -> None:
 @pytest.mark.parametrize(
     ("options", "what"),
     [
-        ({"policy": "hcam"}, "Index 'chunk_mean'"),
         ({"policy": "infllm"}, "Index 'representative'"),
         ({"policy": "emllm"}, "Segment 'surprise'"),
         ({"policy": "hax"}, "Index 'buckets'"),
@@ -60,7 +59,7 @@ def test_recipes_that_are_not(options: dict[str, Any], what: str) -> None:
     with pytest.raises(KvplugError) as caught:
         startup.adopt(gpu_engine(options))
     assert str(caught.value).startswith(what)
-    assert "on CUDA choose policy channels, quest, simhash, streaming or dense" in str(caught.value)
+    assert "on CUDA choose policy channels, quest, simhash, hcam, " in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -68,6 +67,7 @@ def test_recipes_that_are_not(options: dict[str, Any], what: str) -> None:
     [
         ({"audit": 0.5}, {}, "option audit"),
         ({"trace": "trace.jsonl"}, {}, "option trace"),
+        ({"policy": "hcam", "options": {"merge": "coarse"}}, {}, "use merge 'exact'"),
         ({"window": 16384}, {}, "window=16384 is more than its kernels take: up to 8192"),
         ({"offload": {"tier": "host"}}, {}, "option offload"),
         ({}, {"parallel_config__use_ubatching": True}, "--ubatch-size"),
