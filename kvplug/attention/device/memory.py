@@ -27,6 +27,7 @@ from kvplug.kernels.sign_hash import sign_hash, sign_hash_probes
 
 if TYPE_CHECKING:
     from kvplug.attention.device.plan import DevicePlan, SparseWindows
+    from kvplug.attention.device.watchers import BoundLayer
     from kvplug.index.base import Index
     from kvplug.kernels.far_pages import FarPages
     from kvplug.kernels.paged_attention import PagedCache
@@ -228,14 +229,13 @@ def first_pages(shape: LayerShape) -> int:
     return max(min(shape.window, shape.local) // shape.page, 1)
 
 
-def make_memory(
-    index: Index | None, shape: LayerShape, device: torch.device
-) -> DeviceMemory | None:
+def make_memory(index: Index | None, layer: BoundLayer) -> DeviceMemory | None:
     """What a layer remembers for an index; None where a recipe has none."""
+    where = layer.shape, layer.device
     if isinstance(index, Channels):
-        return ChannelMemory(index.bits, shape, device)
+        return ChannelMemory(index.bits, *where)
     if isinstance(index, SimHash):
-        return SignMemory(shape, device)
+        return SignMemory(*where)
     if isinstance(index, MinMax):
-        return BoundMemory(shape, device)
+        return BoundMemory(*where)
     return None
