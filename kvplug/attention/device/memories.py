@@ -17,22 +17,19 @@ from kvplug.index.minmax import MinMax
 from kvplug.index.simhash import SimHash
 
 if TYPE_CHECKING:
-    import torch
-
+    from kvplug.attention.device.watchers import BoundLayer
     from kvplug.index.base import Index
-    from kvplug.stage import LayerShape
 
 
-def make_memory(
-    index: Index | None, shape: LayerShape, device: torch.device
-) -> DeviceMemory | None:
+def make_memory(index: Index | None, layer: BoundLayer) -> DeviceMemory | None:
     """What a layer remembers for an index; None where a recipe has none."""
+    where = layer.shape, layer.device
     if isinstance(index, Channels):
-        return ChannelMemory(index.bits, shape, device)
+        return ChannelMemory(index.bits, *where)
     if isinstance(index, SimHash):
-        return SignMemory(shape, device)
+        return SignMemory(*where)
     if isinstance(index, MinMax):
-        return BoundMemory(shape, device)
+        return BoundMemory(*where)
     if isinstance(index, ChunkMean):
-        return ChunkMemory(index, shape, device)
+        return ChunkMemory(index, *where)
     return None

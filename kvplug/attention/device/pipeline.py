@@ -15,6 +15,7 @@ from kvplug.attention.device.memories import make_memory
 from kvplug.attention.device.memory import DeviceMemory, first_pages
 from kvplug.attention.device.plan import DevicePlan, Lengths, SparseWindows, make_plan
 from kvplug.attention.device.probes import make_probe
+from kvplug.attention.device.watchers import BoundLayer, DeviceState
 from kvplug.config import KvplugConfig
 from kvplug.kernels.page_rows import Contexts, PageRows, page_rows
 from kvplug.kernels.top_pages import candidates_shape, top_pages
@@ -49,9 +50,27 @@ class DeviceLayer:
     def __init__(self, pipeline: DevicePipeline, shape: LayerShape, cache: PagedCache) -> None:
         """Allocates what the layer remembers."""
         self.pipeline, self.shape, self.cache = pipeline, shape, cache
-        self.memory: DeviceMemory | None = make_memory(
-            pipeline.stages.index, shape, cache.keys.device
-        )
+        stages = pipeline.stages
+        self.bound = BoundLayer(shape, cache.keys.device, pipeline.common)
+        self.memory: DeviceMemory | None = make_memory(stages.index, self.bound)
+        self.probe = make_probe(stages.probe, self.bound)
+        self.watchers = self.bound.watchers
+
+    def watch(self, queries: torch.Tensor, keys: torch.Tensor, plan: DevicePlan) -> None:
+        """Shows a step to whatever learns from it.
+
+        Args:
+            queries: ``[T, H, D]`` of the whole step.
+            keys: ``[T, Hk, D]`` of the same tokens, which are in the cache.
+            plan: The step.
+        """
+        for watcher in self.watchers:
+            watcher.watch(queries, keys, self.cache, plan)
+
+    def nbytes(self) -> int:
+        """Bytes that it remembers in, beside what all layers share."""
+        index = 0 if self.memory is None else self.memory.nbytes()
+        return index + sum(state.nbytes() for state in self.bound.states.values())
 
     def write(self, keys: torch.Tensor, plan: DevicePlan) -> None:
         """Learns a step's new keys ``[T, Hk, D]``, which are in the cache."""
@@ -81,10 +100,9 @@ class DeviceLayer:
 
     def _windows_at_a_time(self, windows: SparseWindows) -> int:
         """So many that their scratch stays below :data:`SCRATCH`."""
-        probe = self.pipeline.probe
-        if self.memory is None or probe is None:
+        if self.memory is None or self.probe is None:
             return len(windows)
-        probes = probe.most * self.shape.num_heads // self.shape.num_kv_heads
+        probes = self.probe.most * self.shape.num_heads // self.shape.num_kv_heads
         each = self.memory.scratch_bytes(probes, windows.most_far) * self.shape.num_kv_heads
         return max(SCRATCH // each, 1)
 
@@ -92,14 +110,14 @@ class DeviceLayer:
         self, queries: torch.Tensor, windows: SparseWindows, contexts: Contexts, rows: PageRows
     ) -> None:
         """Probe, score, select, rows."""
-        probe, budget = self.pipeline.probe, self.pipeline.geometry.budget_pages
+        budget = self.pipeline.geometry.budget_pages
         num, heads = len(windows), self.shape.num_kv_heads
         if self.memory is None:
             counts = queries.new_zeros((num, heads), dtype=torch.int32)
             page_rows(counts[:, :, None].contiguous(), counts, contexts, rows)
             return
-        assert probe is not None, "a recipe with an index has a probe"
-        vectors, counts = probe.build(queries, windows, self.shape)
+        assert self.probe is not None, "a recipe with an index has a probe"
+        vectors, counts = self.probe.build(queries, windows, contexts.far)
         scores = queries.new_empty((num, heads, windows.most_far), dtype=torch.float32)
         self.memory.score(vectors, counts, windows, contexts.far, scores)
         chunks = candidates_shape(num, heads, windows.most_far, budget)
@@ -122,8 +140,10 @@ class DevicePipeline:
         self.stages = make_stages(config.policy, config.options)
         self.geometry = region_sizes(config, page)
         self.num_kv_heads = num_kv_heads
-        self.probe = make_probe(self.stages.probe)
-        """None where the recipe retrieves nothing."""
+        self.common: dict[type, DeviceState] = {}
+        """What all layers share."""
+        self.watched = False
+        """Whether a layer has anything that learns from steps."""
         self.layers: list[DeviceLayer] = []
         self.counts = SelectionCounts()
         self.first_tokens = 0
@@ -148,6 +168,7 @@ class DevicePipeline:
         layer = DeviceLayer(self, shape, cache)
         self.first_tokens = first_pages(shape) * shape.page
         self.chunk_pages = layer.memory.chunk_pages if layer.memory is not None else 0
+        self.watched = self.watched or bool(layer.watchers)
         self.layers.append(layer)
         return layer
 
@@ -158,7 +179,9 @@ class DevicePipeline:
         if self.stages.always_dense:
             self.counts.dense_tokens += int(lengths.query_start[-1])
             return None
-        plan = make_plan(lengths, block_table, slots, self.geometry, self.first_tokens)
+        plan = make_plan(
+            lengths, block_table, slots, self.geometry, self.first_tokens, watched=self.watched
+        )
         if self.chunk_pages:
             sizes = self.geometry.page, self.chunk_pages
             plan = plan._replace(chunks=chunk_ends(lengths, *sizes, block_table.device))
@@ -168,4 +191,6 @@ class DevicePipeline:
 
     def nbytes(self) -> int:
         """Bytes that memories of all layers take."""
-        return sum(layer.memory.nbytes() for layer in self.layers if layer.memory is not None)
+        return sum(state.nbytes() for state in self.common.values()) + sum(
+            layer.nbytes() for layer in self.layers
+        )

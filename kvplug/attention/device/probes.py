@@ -1,7 +1,6 @@
 """What asks for pages on a GPU: vectors that stand for a window's queries.
 
-They are those of the probes on CPU, :mod:`kvplug.probe`, of which these serve the ones that keep
-nothing from step to step.
+They are those of the probes on CPU, :mod:`kvplug.probe`.
 """
 
 from __future__ import annotations
@@ -19,6 +18,8 @@ from kvplug.probe.mean import MeanProbe
 
 if TYPE_CHECKING:
     from kvplug.attention.device.plan import SparseWindows
+    from kvplug.attention.device.watchers import BoundLayer
+    from kvplug.kernels.far_pages import FarPages
     from kvplug.probe.base import Probe
     from kvplug.stage import LayerShape
 
@@ -33,7 +34,7 @@ class DeviceProbes(NamedTuple):
 
 
 class DeviceProbe(ABC):
-    """Reduces the queries of windows to a few vectors per KV head."""
+    """Reduces the queries of a layer's windows to a few vectors per KV head."""
 
     @property
     @abstractmethod
@@ -41,15 +42,13 @@ class DeviceProbe(ABC):
         """Vectors of a window per query head, at most."""
 
     @abstractmethod
-    def build(
-        self, queries: torch.Tensor, windows: SparseWindows, shape: LayerShape
-    ) -> DeviceProbes:
+    def build(self, queries: torch.Tensor, windows: SparseWindows, far: FarPages) -> DeviceProbes:
         """Builds the probes of windows.
 
         Args:
             queries: ``[T, H, D]`` of the whole step, after the rotary embedding.
             windows: Some of its windows.
-            shape: The layer's geometry.
+            far: Their far pages, and the block table.
         """
 
 
@@ -59,22 +58,21 @@ class DeviceLastActivated(DeviceProbe):
     Args:
         last: Tokens taken from a window's end.
         active: Tokens taken from the rest.
+        shape: The layer's geometry.
     """
 
-    def __init__(self, last: int, active: int) -> None:
+    def __init__(self, last: int, active: int, shape: LayerShape) -> None:
         """Holds its arguments."""
-        self.last, self.active = last, active
+        self.last, self.active, self.shape = last, active, shape
 
     @property
     def most(self) -> int:
         """See :attr:`DeviceProbe.most`."""
         return self.last + self.active
 
-    def build(
-        self, queries: torch.Tensor, windows: SparseWindows, shape: LayerShape
-    ) -> DeviceProbes:
+    def build(self, queries: torch.Tensor, windows: SparseWindows, far: FarPages) -> DeviceProbes:
         """See :meth:`DeviceProbe.build`."""
-        num, bias = len(windows), None
+        num, shape, bias = len(windows), self.shape, None
         is_decoding = windows.singles == num
         if not is_decoding:
             size = num, shape.num_heads, shape.window
@@ -85,28 +83,34 @@ class DeviceLastActivated(DeviceProbe):
 
 
 class DeviceMean(DeviceProbe):
-    """The mean query of each query head; at decode the query."""
+    """The mean query of each query head; at decode the query.
+
+    Args:
+        shape: The layer's geometry.
+    """
+
+    def __init__(self, shape: LayerShape) -> None:
+        """Holds its argument."""
+        self.shape = shape
 
     @property
     def most(self) -> int:
         """See :attr:`DeviceProbe.most`."""
         return 1
 
-    def build(
-        self, queries: torch.Tensor, windows: SparseWindows, shape: LayerShape
-    ) -> DeviceProbes:
+    def build(self, queries: torch.Tensor, windows: SparseWindows, far: FarPages) -> DeviceProbes:
         """See :meth:`DeviceProbe.build`."""
-        found = _empty(queries, len(windows), 1, shape, torch.float32)
+        found = _empty(queries, len(windows), 1, self.shape, torch.float32)
         mean_query(_windows_of(queries, windows), *found)
         return found
 
 
-def make_probe(probe: Probe | None) -> DeviceProbe | None:
+def make_probe(probe: Probe | None, layer: BoundLayer) -> DeviceProbe | None:
     """What builds a layer's probes; None where a recipe has none."""
     if isinstance(probe, LastAndActivatedProbe):
-        return DeviceLastActivated(probe.last, probe.active)
+        return DeviceLastActivated(probe.last, probe.active, layer.shape)
     if isinstance(probe, MeanProbe):
-        return DeviceMean()
+        return DeviceMean(layer.shape)
     return None
 
 

@@ -22,8 +22,10 @@ from kvplug.attention.device.metadata import DeviceMetadata, DeviceMetadataBuild
 from kvplug.config import KvplugConfig
 from kvplug.layer_stages import LayerStages
 from kvplug.page_reader import PageReader
-from kvplug.pipeline import Pipeline
+from kvplug.page_table import PageTable
+from kvplug.pipeline import Pipeline, Plan
 from kvplug.stage import LayerShape
+from kvplug.step import Step
 from kvplug.windows import Batch
 from tests.kernels.conftest import HAS_GPU
 from tests.made_up import Piece
@@ -131,13 +133,19 @@ class World:
         return self.impl.forward(None, queries, keys, values, self.cache, metadata, output)
 
     def fill(self, pieces: list[Piece], chunk: int = 10**6) -> None:
-        """Brings what is before a step into the cache and the layer's memory; nobody attends."""
+        """Brings what is before a step into the cache and the layer's memory; nobody attends.
+
+        Where something watches, the pipeline on CPU is told too.
+        """
         for piece in pieces:
             for start in range(0, piece.start, chunk):
                 part = Piece(piece.request, start, min(chunk, piece.start - start), True)
                 metadata, keys, _ = self.enter([part])
                 if self.impl.stages is not None and metadata.plan is not None:
+                    self.impl.stages.watch(self.new([part], 2), keys, metadata.plan)
                     self.impl.stages.write(keys, metadata.plan)
+                if self.on_cpu.watched:
+                    self.on_cpu_too([part])
 
     def enter(self, pieces: list[Piece]) -> tuple[DeviceMetadata, torch.Tensor, torch.Tensor]:
         """Plans a step and puts its keys and values ``[T, Hk, D]`` into the cache."""
@@ -180,17 +188,10 @@ class World:
     def expected(self, pieces: list[Piece]) -> torch.Tensor:
         """``[T, H, D]`` float64 attention to what the pipeline on CPU selects for the step."""
         starts = np.cumsum([0, *(p.tokens for p in pieces)], dtype=np.int32)
-        slots = torch.cat([self.slots(p.request, p.start, p.stop) for p in pieces])
-        batch = Batch(
-            starts, np.array([p.stop for p in pieces], np.int32),
-            np.array([p.prefilling for p in pieces]), self.table(pieces).numpy(), slots.numpy(),
-        )  # fmt: skip
-        plan = self.on_cpu.plan(batch)
-        queries, keys = self.new(pieces, 2).cpu(), self.new(pieces, 0).cpu()
+        plan = self.on_cpu_too(pieces)
         seen: dict[int, list[set[int]]] = {}
         if plan is not None and plan.table is not None:
-            self.on_cpu.run(self.cpu_layer, queries.float(), keys.float(), plan)
-            seen = self._pages_of_tokens(plan)
+            seen = self._pages_of_tokens(plan.step, plan.table)
         outputs = []
         for row, piece in enumerate(pieces):
             for token in range(piece.tokens):
@@ -198,16 +199,32 @@ class World:
                 outputs.append(self._attend(piece, piece.start + token, mine))
         return torch.stack(outputs)
 
-    def _pages_of_tokens(self, plan: Any) -> dict[int, list[set[int]]]:
+    def on_cpu_too(self, pieces: list[Piece]) -> Plan | None:
+        """Shows a step, whose keys are in the cache, to the pipeline on CPU; its plan."""
+        starts = np.cumsum([0, *(p.tokens for p in pieces)], dtype=np.int32)
+        slots = torch.cat([self.slots(p.request, p.start, p.stop) for p in pieces])
+        batch = Batch(
+            starts, np.array([p.stop for p in pieces], np.int32),
+            np.array([p.prefilling for p in pieces]), self.table(pieces).numpy(), slots.numpy(),
+        )  # fmt: skip
+        plan = self.on_cpu.plan(batch)
+        queries, keys = (self.new(pieces, which).float().cpu() for which in (2, 0))
+        if plan is not None:
+            self.on_cpu.run(self.cpu_layer, queries, keys, plan)
+        elif self.cpu_layer is not None:
+            self.on_cpu.pass_by(self.cpu_layer, queries, keys)
+        return plan
+
+    def _pages_of_tokens(self, step: Step, table: PageTable) -> dict[int, list[set[int]]]:
         """Of every token of a sparse window, the physical pages of each KV head."""
-        windows, heads = plan.step.windows, self.shape.kv_heads
+        windows, heads = step.windows, self.shape.kv_heads
         found = {}
         for s in np.flatnonzero(windows.sparse):
             pages = []
             for head in range(heads):
                 row = s * heads + head
-                filled = -(-int(plan.table.seq_lens[row]) // self.shape.page)
-                pages.append({n // heads for n in plan.table.table[row, :filled].tolist()})
+                filled = -(-int(table.seq_lens[row]) // self.shape.page)
+                pages.append({n // heads for n in table.table[row, :filled].tolist()})
             for token in range(windows.num_tokens[s]):
                 found[int(windows.token_start[s]) + token] = pages
         return found
