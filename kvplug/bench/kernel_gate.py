@@ -17,10 +17,11 @@ from kvplug.bench.kernel_attention_cases import ATTENTION_CASES
 from kvplug.bench.kernel_cases import INDEX_CASES
 from kvplug.bench.kernel_channel_cases import CHANNEL_CASES
 from kvplug.bench.kernel_chunk_cases import CHUNK_CASES
+from kvplug.bench.kernel_mass_cases import MASS_CASES
 from kvplug.bench.kernel_steps import check_step
 from kvplug.bench.kernel_world import Case, Outputs, Shape, World
 
-CASES = (*INDEX_CASES, *CHANNEL_CASES, *CHUNK_CASES, *ATTENTION_CASES)
+CASES = (*INDEX_CASES, *CHANNEL_CASES, *CHUNK_CASES, *MASS_CASES, *ATTENTION_CASES)
 
 
 class Finding(NamedTuple):
