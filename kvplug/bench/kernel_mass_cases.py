@@ -9,9 +9,17 @@ import torch
 from kvplug.bench.kernel_world import Case, Outputs, World, size_of
 from kvplug.kernels.collect_mass import collect_mass, collect_mass_reference
 from kvplug.kernels.local_mass import LocalWindows, local_mass, local_mass_reference
+from kvplug.kernels.representative_scores import (
+    Ranking,
+    representative_scores,
+    representative_scores_reference,
+)
+from kvplug.kernels.settled_pages import settle_pages, settle_pages_reference
 
 EVERY = 32
 """Queries per one that counts; small shapes have windows of fewer."""
+TOP = 4
+"""Keys that stand for a page, as the recipe `infllm` has them."""
 
 
 def local_windows(world: World) -> LocalWindows:
@@ -75,5 +83,45 @@ def collected_mass(world: World) -> Case:
     )  # fmt: skip
 
 
-MASS_CASES: tuple[Callable[[World], Case], ...] = (mass_of_windows, collected_mass)
-"""Kernels that learn which keys are attended to."""
+def settled_pages(world: World) -> Case:
+    """Representatives and largest mass of all far pages of decoded tokens' contexts."""
+    shape, far, pages = world.shape, world.far(world.shape.batch), world.num_far()
+    mass = world.whole(world.num_pages, shape.kv_heads, shape.page).abs()
+    size = world.num_pages, shape.kv_heads
+    seen = torch.zeros(size, dtype=torch.int32, device=world.device)
+    vectors = world.scratch(*size, shape.dim, dtype=torch.bfloat16)
+    largest = world.scratch(*size)
+
+    def call(function: Callable[..., None], out: Outputs) -> None:
+        settled, found, most = out
+        function(world.keys, far, pages, mass, settled, found, TOP, most)
+
+    each = shape.page * 4 + TOP * shape.dim * world.keys.element_size() + shape.dim * 2
+    return Case(
+        "settle_pages", settle_pages, settle_pages_reference, call, [seen, vectors, largest],
+        shape.batch * pages * shape.kv_heads * each,
+    )  # fmt: skip
+
+
+def scores_of_representatives(world: World) -> Case:
+    """Scores of far pages by their representatives, by heads that agree, for decoded tokens."""
+    shape, pages = world.shape, max(world.num_far(), 1)
+    keys = world.normal(world.num_pages, shape.kv_heads, shape.dim, dtype=torch.bfloat16)
+    vectors = world.normal(shape.batch, shape.kv_heads, shape.group, shape.dim, dtype=shape.dtype)
+    counts, far = world.column([shape.group] * shape.batch), world.far(shape.batch)
+    scores = world.scratch(shape.batch, shape.kv_heads, pages)
+
+    def call(function: Callable[..., None], out: Outputs) -> None:
+        function(keys, vectors, counts, far, shape.dim**-0.5, Ranking(agree=True), *out)
+
+    moved = shape.batch * world.num_far() * shape.kv_heads * shape.dim * 2
+    return Case(
+        "representative_scores", representative_scores, representative_scores_reference, call,
+        [scores], moved + size_of(vectors, scores), is_exact=False,
+    )  # fmt: skip
+
+
+MASS_CASES: tuple[Callable[[World], Case], ...] = (
+    mass_of_windows, collected_mass, settled_pages, scores_of_representatives,
+)  # fmt: skip
+"""Kernels that learn which keys are attended to, and choose pages by it."""
