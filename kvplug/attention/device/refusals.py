@@ -12,8 +12,10 @@ from kvplug.index.minmax import MinMax
 from kvplug.index.simhash import SimHash
 from kvplug.kernels.checks import HEAD_DIMS
 from kvplug.kernels.distance import LONGEST_WINDOW
+from kvplug.probe.activation import ActivationProbe
 from kvplug.probe.last_activated import LastAndActivatedProbe
 from kvplug.probe.mean import MeanProbe
+from kvplug.probe.union import UnionProbe
 from kvplug.select.top_pages import TopPages
 
 if TYPE_CHECKING:
@@ -29,6 +31,8 @@ UNTRIED = (
     "rely on them: kvplug bench kernels checks every kernel on this device."
 )
 """Logged once, where an engine starts on CUDA."""
+PROBES = (ActivationProbe, LastAndActivatedProbe, MeanProbe)
+"""Those that are served, and unions of them."""
 RECIPES = "channels, quest, simhash, hcam, streaming or dense"
 
 
@@ -36,20 +40,23 @@ def check_recipe(stages: Stages) -> None:
     """Refuses a recipe with a stage that only runs on CPUs.
 
     Raises:
-        KvplugError: With the stage's name.
+        KvplugError: With the stage's name, and those of its kind that are served.
     """
-    served: tuple[tuple[Stage | None, tuple[type, ...]], ...] = (
+    probes = stages.probe.probes if isinstance(stages.probe, UnionProbe) else (stages.probe,)
+    served: tuple[tuple[Stage | None, tuple[type[Stage], ...]], ...] = (
         (stages.segment, ()),
         (stages.index, (Channels, ChunkMean, MinMax, SimHash)),
-        (stages.probe, (LastAndActivatedProbe, MeanProbe)),
+        *((probe, PROBES) for probe in probes),
         (stages.budget, (FixedBudget, NoBudget)),
         (stages.select, (TopPages,)),
     )
     for stage, kinds in served:
-        if stage is not None and not isinstance(stage, kinds):
+        if stage is not None and type(stage) not in kinds:
+            names = ", ".join(kind.name for kind in kinds)
+            choice = f"one of {names}" if kinds else f"policy {RECIPES}"
             raise KvplugError(
                 f"{stage.kind.capitalize()} {stage.name!r} runs on CPUs only: on CUDA choose "
-                f"policy {RECIPES}, with stages of theirs."
+                f"{choice}."
             )
     if stages.merge != "exact":
         raise KvplugError(f"Merge {stages.merge!r} runs on CPUs only: on CUDA use merge 'exact'.")

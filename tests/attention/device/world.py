@@ -20,6 +20,7 @@ from vllm.v1.kv_cache_layout import KVCacheLayout
 from kvplug.attention.device.impl import DeviceImpl
 from kvplug.attention.device.metadata import DeviceMetadata, DeviceMetadataBuilder
 from kvplug.config import KvplugConfig
+from kvplug.kernels.page_rows import PageRows
 from kvplug.layer_stages import LayerStages
 from kvplug.page_reader import PageReader
 from kvplug.page_table import PageTable
@@ -91,14 +92,30 @@ class World:
             window=self.config.window, local=self.config.local, scale=self.impl.scale,
             softcap=0.0, dense_below=self.config.dense_below,
         )  # fmt: skip
+        self.rows: PageRows | None = None
+        """Of the last step's sparse windows."""
         if self.impl.retrieves:
             self.impl.bind(self.cache, geometry)
-        self.rows = torch.zeros(shape.num_pages * shape.kv_heads, shape.page * shape.dim)
+            self._keep_rows()
+        self.on_cpu_selected: dict[int, list[set[int]]] = {}
+        """As :meth:`selected`, of the step that was last asked what is expected."""
+        self.cpu_keys = torch.zeros(shape.num_pages * shape.kv_heads, shape.page * shape.dim)
         self.on_cpu = Pipeline(self.config, shape.page, shape.kv_heads)
         places = np.arange(shape.page * shape.dim, dtype=np.int32)
         places = places.reshape(shape.page, shape.dim).T.ravel().copy()
-        reader = PageReader(self.rows, places, (shape.dim, shape.page), "keys")
+        reader = PageReader(self.cpu_keys, places, (shape.dim, shape.page), "keys")
         self.cpu_layer: LayerStages | None = self.on_cpu.make_layer(geometry, reader)
+
+    def _keep_rows(self) -> None:
+        """Notes what the layer selects."""
+        assert self.impl.stages is not None
+        select = self.impl.stages.select
+
+        def selecting(*args: Any) -> PageRows:
+            self.rows = select(*args)
+            return self.rows
+
+        self.impl.stages.__dict__["select"] = selecting
 
     def content(self, request: int) -> Content:
         """Of a request."""
@@ -130,7 +147,26 @@ class World:
         metadata, keys, values = self.enter(pieces)
         queries = self.new(pieces, 2)
         output = torch.full_like(queries, torch.nan)
-        return self.impl.forward(None, queries, keys, values, self.cache, metadata, output)
+        self.impl.forward(None, queries, keys, values, self.cache, metadata, output)
+        return output
+
+    def selected(self) -> dict[int, list[set[int]]]:
+        """Of every token of the last step's sparse windows, each KV head's physical pages."""
+        heads, page, found = self.shape.kv_heads, self.shape.page, {}
+        plan = self.metadata.plan if self.metadata is not None else None
+        if plan is None or plan.sparse is None:
+            return {}
+        assert self.rows is not None
+        table, lengths = (column.cpu() for column in self.rows)
+        for s, first in enumerate(plan.sparse.token_start.tolist()):
+            pages = []
+            for row in range(s * heads, (s + 1) * heads):
+                mine = table[row, : -(-int(lengths[row]) // page)].tolist()
+                assert len(set(mine)) == len(mine)
+                pages.append(set(mine))
+            for token in range(int(plan.sparse.num_tokens[s])):
+                found[first + token] = pages
+        return found
 
     def fill(self, pieces: list[Piece], chunk: int = 10**6) -> None:
         """Brings what is before a step into the cache and the layer's memory; nobody attends.
@@ -153,7 +189,7 @@ class World:
         keys, values = self.new(pieces, 0), self.new(pieces, 1)
         slots, page = metadata.slot_mapping[: len(keys)], self.shape.page
         self.cache[slots // page, :, slots % page] = torch.cat([keys, values], -1)
-        rows, slots = self.rows.view(-1, self.shape.kv_heads, page, self.shape.dim), slots.cpu()
+        rows, slots = self.cpu_keys.view(-1, self.shape.kv_heads, page, self.shape.dim), slots.cpu()
         rows[slots // page, :, slots % page] = keys.float().cpu()
         self.metadata = metadata
         return metadata, keys, values
@@ -192,6 +228,7 @@ class World:
         seen: dict[int, list[set[int]]] = {}
         if plan is not None and plan.table is not None:
             seen = self._pages_of_tokens(plan.step, plan.table)
+        self.on_cpu_selected = seen
         outputs = []
         for row, piece in enumerate(pieces):
             for token in range(piece.tokens):
