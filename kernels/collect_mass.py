@@ -111,7 +111,7 @@ def collect_mass_reference(
     """Twin of :func:`collect_mass` in plain torch."""
     page = mass.shape[2]
     for w in range(len(windows.request)):
-        first, end, pages = windows.span(w, page)
+        first, end, pages = windows.place(w, page)
         mine = given[w, :, : len(pages) * page].unflatten(1, (-1, page)).transpose(0, 1)
         fresh = seen[pages] <= first  # [n, Hk]
         mass[pages] = torch.where(fresh[:, :, None], mass[pages] + mine, mass[pages])

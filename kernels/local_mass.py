@@ -70,7 +70,16 @@ class LocalWindows(NamedTuple):
         check_devices(queries=self.queries.queries, **rest)
         return windows, heads, dim
 
-    def span(self, window: int, page: int) -> tuple[int, int, torch.Tensor]:
+    def span(self, first: int, last: int) -> LocalWindows:
+        """Windows ``first`` to ``last``, the latter not included."""
+        query, part = self.queries, slice(first, last)
+        return LocalWindows(
+            QueryWindows(query.queries, query.token_start[part], query.num_tokens[part]),
+            self.block_table,
+            *(column[part] for column in self[2:]),
+        )
+
+    def place(self, window: int, page: int) -> tuple[int, int, torch.Tensor]:
         """First position, end and ``[n]`` int64 local pages of a window: for references."""
         end, first_page = int(self.context_end[window]), int(self.first_page[window])
         first = end - int(self.queries.num_tokens[window])
@@ -278,7 +287,7 @@ def local_mass_reference(
     given.zero_()
     kv_heads, page = given.shape[1], keys.shape[1]
     for w in range(len(windows.request)):
-        first, end, pages = windows.span(w, page)
+        first, end, pages = windows.place(w, page)
         queries = windows.queries.of(w).to(given.dtype)  # [c, H, D]
         positions = list(range(first // every * every + every - 1, end, every))
         at = torch.tensor(positions, dtype=torch.int64, device=given.device)

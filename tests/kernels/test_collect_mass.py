@@ -72,17 +72,8 @@ def test_windows_at_once_or_one_by_one(device: str) -> None:
     expected = [tensor.clone() for tensor in state]
     collect_mass(it.windows, given, *expected)
     for w in range(6):
-        one = slice(w, w + 1)
-        query = it.windows.queries
-        alone = it.windows._replace(
-            queries=query._replace(
-                token_start=query.token_start[one], num_tokens=query.num_tokens[one]
-            ),
-            request=it.windows.request[one],
-            context_end=it.windows.context_end[one],
-            first_page=it.windows.first_page[one],
-        )
-        collect_mass(alone, given[one].contiguous(), *state)
+        alone = it.windows.span(w, w + 1)
+        collect_mass(alone, given[w : w + 1], *state)
     assert all(map(torch.equal, state, expected))
 
 

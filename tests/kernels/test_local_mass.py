@@ -126,16 +126,7 @@ def test_the_same_bits_alone_or_in_a_batch(shape: Shape, device: str) -> None:
     local = local_of(shape, made, device)
     together = given(local)[0]
     for w in range(len(made)):
-        alone = local.windows._replace(
-            queries=local.windows.queries._replace(
-                token_start=local.windows.queries.token_start[w : w + 1],
-                num_tokens=local.windows.queries.num_tokens[w : w + 1],
-            ),
-            **{
-                name: getattr(local.windows, name)[w : w + 1]
-                for name in ("request", "context_end", "first_page")
-            },
-        )
+        alone = local.windows.span(w, w + 1)
         found = given(local._replace(windows=alone), rows=200)[0]
         assert torch.equal(found[0], together[w])
 

@@ -11,9 +11,11 @@ from kvplug.attention.device.memory import (
     DeviceMemory,
     SignMemory,
 )
+from kvplug.attention.device.representative_memory import RepresentativeMemory
 from kvplug.index.channels import Channels
 from kvplug.index.chunk_mean import ChunkMean
 from kvplug.index.minmax import MinMax
+from kvplug.index.representative import Representative
 from kvplug.index.simhash import SimHash
 
 if TYPE_CHECKING:
@@ -32,4 +34,6 @@ def make_memory(index: Index | None, layer: BoundLayer) -> DeviceMemory | None:
         return BoundMemory(*where)
     if isinstance(index, ChunkMean):
         return ChunkMemory(index, *where)
+    if isinstance(index, Representative):
+        return RepresentativeMemory(index, layer)
     return None

@@ -54,7 +54,7 @@ class DeviceLayer:
         self.bound = BoundLayer(shape, cache.keys.device, pipeline.common)
         self.memory: DeviceMemory | None = make_memory(stages.index, self.bound)
         self.probe = make_probe(stages.probe, self.bound)
-        self.watchers = self.bound.watchers
+        self.watchers, self.sealers = self.bound.watchers, self.bound.sealers
 
     def watch(self, queries: torch.Tensor, keys: torch.Tensor, plan: DevicePlan) -> None:
         """Shows a step to whatever learns from it.
@@ -90,6 +90,9 @@ class DeviceLayer:
         # FlashAttention may look a page up behind a row's pages: it must be one.
         table = queries.new_zeros(size, dtype=torch.int32)
         rows = PageRows(table, queries.new_empty(size[:1], dtype=torch.int32))
+        for sealer in self.sealers:
+            far = windows.contexts(plan.block_table, geometry.page).far
+            sealer.seal(self.cache, far, windows.most_far)
         step = self._windows_at_a_time(windows)
         for first in range(0, len(windows), step):
             part = windows.span(first, min(first + step, len(windows)))

@@ -34,14 +34,16 @@ def gpu_engine(options: dict[str, Any], **changed: Any) -> Any:
     return config
 
 
-@pytest.mark.parametrize("policy", ["channels", "quest", "simhash", "hcam", "streaming", "dense"])
+@pytest.mark.parametrize(
+    "policy", ["channels", "quest", "simhash", "hcam", "infllm", "streaming", "dense"]
+)
 def test_recipes_that_are_served(policy: str) -> None:
     config = gpu_engine({"policy": policy})
     startup.adopt(config)
     assert config.cache_config.block_size == 32
 
 
-@pytest.mark.parametrize("index", ["channels", "minmax", "simhash", "chunk_mean"])
+@pytest.mark.parametrize("index", ["channels", "minmax", "simhash", "chunk_mean", "representative"])
 @pytest.mark.parametrize(
     "probe", ["activation", "last_activated", "mean", ["activation", "last_activated"]], ids=str
 )
@@ -53,11 +55,10 @@ def test_their_stages_go_together(index: str, probe: str) -> None:
 @pytest.mark.parametrize(
     ("options", "what", "instead"),
     [
-        ({"policy": "infllm"}, "Index 'representative'",
-         "one of channels, chunk_mean, minmax, simhash."),
         ({"policy": "emllm"}, "Segment 'surprise'",
-         "policy channels, quest, simhash, hcam, streaming or dense"),
-        ({"policy": "hax"}, "Index 'buckets'", "one of "),
+         "policy channels, quest, simhash, hcam, infllm, streaming or dense"),
+        ({"policy": "hax"}, "Index 'buckets'",
+         "one of channels, chunk_mean, minmax, representative, simhash."),
         ({"policy": "channels", "options": {"budget": "top_p"}}, "Budget 'top_p'",
          "one of fixed, none."),
         ({"policy": "quest", "options": {"budget": "recall"}}, "Budget 'recall'", "one of "),
