@@ -15,6 +15,7 @@ from kvplug.attention.device.memories import make_memory
 from kvplug.attention.device.memory import DeviceMemory, first_pages
 from kvplug.attention.device.plan import DevicePlan, Lengths, SparseWindows, make_plan
 from kvplug.attention.device.probes import make_probe
+from kvplug.attention.device.selects import make_select
 from kvplug.attention.device.watchers import BoundLayer, DeviceState
 from kvplug.config import KvplugConfig
 from kvplug.kernels.page_rows import Contexts, PageRows, page_rows
@@ -54,6 +55,8 @@ class DeviceLayer:
         self.bound = BoundLayer(shape, cache.keys.device, pipeline.common)
         self.memory: DeviceMemory | None = make_memory(stages.index, self.bound)
         self.probe = make_probe(stages.probe, self.bound)
+        self.ranker = make_select(stages.select, self.bound)
+        """None: the best pages by score are taken."""
         self.watchers, self.sealers = self.bound.watchers, self.bound.sealers
 
     def watch(self, queries: torch.Tensor, keys: torch.Tensor, plan: DevicePlan) -> None:
@@ -106,8 +109,9 @@ class DeviceLayer:
         if self.memory is None or self.probe is None:
             return len(windows)
         probes = self.probe.most * self.shape.num_heads // self.shape.num_kv_heads
-        each = self.memory.scratch_bytes(probes, windows.most_far) * self.shape.num_kv_heads
-        return max(SCRATCH // each, 1)
+        each = self.memory.scratch_bytes(probes, windows.most_far)
+        each += 0 if self.ranker is None else 4 * windows.most_far
+        return max(SCRATCH // (each * self.shape.num_kv_heads), 1)
 
     def _select(
         self, queries: torch.Tensor, windows: SparseWindows, contexts: Contexts, rows: PageRows
@@ -123,6 +127,8 @@ class DeviceLayer:
         vectors, counts = self.probe.build(queries, windows, contexts.far)
         scores = queries.new_empty((num, heads, windows.most_far), dtype=torch.float32)
         self.memory.score(vectors, counts, windows, contexts.far, scores)
+        if self.ranker is not None:
+            scores = self.ranker.rank(scores, budget, contexts.far)
         chunks = candidates_shape(num, heads, windows.most_far, budget)
         candidates = queries.new_empty(chunks, dtype=torch.int32) if chunks else None
         top_pages(scores, budget, contexts, rows, candidates)
