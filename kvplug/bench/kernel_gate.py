@@ -16,10 +16,11 @@ import torch
 from kvplug.bench.kernel_attention_cases import ATTENTION_CASES
 from kvplug.bench.kernel_cases import INDEX_CASES
 from kvplug.bench.kernel_channel_cases import CHANNEL_CASES
+from kvplug.bench.kernel_density_cases import DENSITY_CASES
 from kvplug.bench.kernel_steps import check_step
 from kvplug.bench.kernel_world import Case, Outputs, Shape, World
 
-CASES = (*INDEX_CASES, *CHANNEL_CASES, *ATTENTION_CASES)
+CASES = (*INDEX_CASES, *CHANNEL_CASES, *DENSITY_CASES, *ATTENTION_CASES)
 
 
 class Finding(NamedTuple):

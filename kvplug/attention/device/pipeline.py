@@ -6,10 +6,13 @@ not finite are not counted; as on CPU they attend to sinks, local and the newest
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from kvplug.attention.device.attended import FarPagesAttended
+from kvplug.attention.device.budgets import make_budget
 from kvplug.attention.device.memory import DeviceMemory, first_pages, make_memory
 from kvplug.attention.device.plan import DevicePlan, Lengths, SparseWindows, make_plan
 from kvplug.attention.device.probes import make_probe
@@ -52,6 +55,7 @@ class DeviceLayer:
         self.bound = BoundLayer(shape, cache.keys.device, pipeline.common)
         self.memory: DeviceMemory | None = make_memory(stages.index, self.bound)
         self.probe = make_probe(stages.probe, self.bound)
+        self.budget = make_budget(stages.budget, self.bound)
         self.watchers = self.bound.watchers
 
     def watch(self, queries: torch.Tensor, keys: torch.Tensor, plan: DevicePlan) -> None:
@@ -93,7 +97,11 @@ class DeviceLayer:
             part = windows.span(first, min(first + step, len(windows)))
             mine = slice(first * heads, (first + len(part)) * heads)
             contexts = part.contexts(plan.block_table, geometry.page)
-            self._select(queries, part, contexts, PageRows(*(column[mine] for column in rows)))
+            own = PageRows(*(column[mine] for column in rows))
+            self._select(queries, part, contexts, own, plan, first)
+        if self.budget is not None:
+            self.budget.learn(plan)
+            self.pipeline.tell(self)
         return rows
 
     def _windows_at_a_time(self, windows: SparseWindows) -> int:
@@ -105,10 +113,11 @@ class DeviceLayer:
         return max(SCRATCH // each, 1)
 
     def _select(
-        self, queries: torch.Tensor, windows: SparseWindows, contexts: Contexts, rows: PageRows
-    ) -> None:
-        """Probe, score, select, rows."""
-        budget = self.pipeline.geometry.budget_pages
+        self, queries: torch.Tensor, windows: SparseWindows, contexts: Contexts, rows: PageRows,
+        plan: DevicePlan, first: int,
+    ) -> None:  # fmt: skip
+        """Probe, score, budget, select, rows."""
+        geometry = self.pipeline.geometry
         num, heads = len(windows), self.shape.num_kv_heads
         if self.memory is None:
             counts = queries.new_zeros((num, heads), dtype=torch.int32)
@@ -118,9 +127,12 @@ class DeviceLayer:
         vectors, counts = self.probe.build(queries, windows, contexts.far)
         scores = queries.new_empty((num, heads, windows.most_far), dtype=torch.float32)
         self.memory.score(vectors, counts, windows, contexts.far, scores)
-        chunks = candidates_shape(num, heads, windows.most_far, budget)
+        wanted: torch.Tensor | int = geometry.budget_pages
+        if self.budget is not None:
+            wanted = self.budget.count(scores, windows, first, geometry.budget_pages, plan)
+        chunks = candidates_shape(num, heads, windows.most_far, geometry.most_pages)
         candidates = queries.new_empty(chunks, dtype=torch.int32) if chunks else None
-        top_pages(scores, budget, contexts, rows, candidates)
+        top_pages(scores, wanted, contexts, rows, candidates)
 
 
 class DevicePipeline:
@@ -143,7 +155,7 @@ class DevicePipeline:
         self.watched = False
         """Whether a layer has anything that learns from steps."""
         self.layers: list[DeviceLayer] = []
-        self.counts = SelectionCounts()
+        self._counts = SelectionCounts()
         self.first_tokens = 0
         """Of a context, that are learnt from when all are there."""
         self.trace: Any = None
@@ -172,14 +184,32 @@ class DevicePipeline:
     ) -> DevicePlan | None:
         """Plans one step; see :func:`make_plan`. None: the recipe attends to everything."""
         if self.stages.always_dense:
-            self.counts.dense_tokens += int(lengths.query_start[-1])
+            self._counts.dense_tokens += int(lengths.query_start[-1])
             return None
         plan = make_plan(
             lengths, block_table, slots, self.geometry, self.first_tokens, watched=self.watched
         )
         rows = self.num_kv_heads * len(self.layers)
-        self.counts.add(plan.windows, self.geometry.page, rows, varies=False)
+        self._counts.add(plan.windows, self.geometry.page, rows, varies=self.stages.budget.varies)
         return plan
+
+    @property
+    def counts(self) -> SelectionCounts:
+        """What was selected so far.
+
+        Where budgets vary, far pages are those of the last step whose count has come from the GPU.
+        """
+        counts = replace(self._counts)
+        far = self.common.get(FarPagesAttended)
+        if isinstance(far, FarPagesAttended):
+            counts.pages_attended += far.told
+        return counts
+
+    def tell(self, layer: DeviceLayer) -> None:
+        """Sends counts of far pages on their way, when the last layer has counted its own."""
+        far = self.common.get(FarPagesAttended)
+        if isinstance(far, FarPagesAttended) and layer is self.layers[-1]:
+            far.tell()
 
     def nbytes(self) -> int:
         """Bytes that memories of all layers take."""

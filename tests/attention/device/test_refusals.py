@@ -50,6 +50,12 @@ def test_their_stages_go_together(index: str, probe: str) -> None:
     startup.adopt(config)
 
 
+def test_budgets_of_actqkv_over_hashes() -> None:
+    """Its probe and its budget."""
+    options = {"index": "simhash", "probe": ["activation", "last_activated"]}
+    startup.adopt(gpu_engine({"policy": "actqkv", "options": options}))
+
+
 @pytest.mark.parametrize(
     ("options", "what", "instead"),
     [
@@ -59,7 +65,7 @@ def test_their_stages_go_together(index: str, probe: str) -> None:
          "policy channels, quest, simhash, streaming or dense"),
         ({"policy": "hax"}, "Index 'buckets'", "one of "),
         ({"policy": "channels", "options": {"budget": "top_p"}}, "Budget 'top_p'",
-         "one of fixed, none."),
+         "one of entropy, fixed, none."),
         ({"policy": "quest", "options": {"budget": "recall"}}, "Budget 'recall'", "one of "),
         ({"policy": "quest", "options": {"index": "simhash", "select": "union"}},
          "Select 'union'", "one of top."),
