@@ -6,10 +6,13 @@ not finite are not counted; as on CPU they attend to sinks, local and the newest
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from kvplug.attention.device.attended import FarPagesAttended
+from kvplug.attention.device.budgets import make_budget
 from kvplug.attention.device.filled import chunk_ends
 from kvplug.attention.device.memories import make_memory
 from kvplug.attention.device.memory import DeviceMemory, first_pages
@@ -55,6 +58,7 @@ class DeviceLayer:
         self.bound = BoundLayer(shape, cache.keys.device, pipeline.common)
         self.memory: DeviceMemory | None = make_memory(stages.index, self.bound)
         self.probe = make_probe(stages.probe, self.bound)
+        self.budget = make_budget(stages.budget, self.bound)
         self.ranker = make_select(stages.select, self.bound)
         """None: the best pages by score are taken."""
         self.watchers, self.sealers = self.bound.watchers, self.bound.sealers
@@ -101,7 +105,11 @@ class DeviceLayer:
             part = windows.span(first, min(first + step, len(windows)))
             mine = slice(first * heads, (first + len(part)) * heads)
             contexts = part.contexts(plan.block_table, geometry.page)
-            self._select(queries, part, contexts, PageRows(*(column[mine] for column in rows)))
+            own = PageRows(*(column[mine] for column in rows))
+            self._select(queries, part, contexts, own, plan, first)
+        if self.budget is not None:
+            self.budget.learn(plan)
+            self.pipeline.tell(self)
         return rows
 
     def _windows_at_a_time(self, windows: SparseWindows) -> int:
@@ -114,10 +122,11 @@ class DeviceLayer:
         return max(SCRATCH // (each * self.shape.num_kv_heads), 1)
 
     def _select(
-        self, queries: torch.Tensor, windows: SparseWindows, contexts: Contexts, rows: PageRows
-    ) -> None:
-        """Probe, score, select, rows."""
-        budget = self.pipeline.geometry.budget_pages
+        self, queries: torch.Tensor, windows: SparseWindows, contexts: Contexts, rows: PageRows,
+        plan: DevicePlan, first: int,
+    ) -> None:  # fmt: skip
+        """Probe, score, budget, select, rows."""
+        geometry = self.pipeline.geometry
         num, heads = len(windows), self.shape.num_kv_heads
         if self.memory is None:
             counts = queries.new_zeros((num, heads), dtype=torch.int32)
@@ -127,11 +136,14 @@ class DeviceLayer:
         vectors, counts = self.probe.build(queries, windows, contexts.far)
         scores = queries.new_empty((num, heads, windows.most_far), dtype=torch.float32)
         self.memory.score(vectors, counts, windows, contexts.far, scores)
+        wanted: torch.Tensor | int = geometry.budget_pages
+        if self.budget is not None:
+            wanted = self.budget.count(scores, windows, first, geometry.budget_pages, plan)
         if self.ranker is not None:
-            scores = self.ranker.rank(scores, budget, contexts.far)
-        chunks = candidates_shape(num, heads, windows.most_far, budget)
+            scores = self.ranker.rank(scores, wanted, contexts.far)
+        chunks = candidates_shape(num, heads, windows.most_far, geometry.most_pages)
         candidates = queries.new_empty(chunks, dtype=torch.int32) if chunks else None
-        top_pages(scores, budget, contexts, rows, candidates)
+        top_pages(scores, wanted, contexts, rows, candidates)
 
 
 class DevicePipeline:
@@ -154,7 +166,7 @@ class DevicePipeline:
         self.watched = False
         """Whether a layer has anything that learns from steps."""
         self.layers: list[DeviceLayer] = []
-        self.counts = SelectionCounts()
+        self._counts = SelectionCounts()
         self.first_tokens = 0
         """Of a context, that are learnt from when all are there."""
         self.chunk_pages = 0
@@ -186,7 +198,7 @@ class DevicePipeline:
     ) -> DevicePlan | None:
         """Plans one step; see :func:`make_plan`. None: the recipe attends to everything."""
         if self.stages.always_dense:
-            self.counts.dense_tokens += int(lengths.query_start[-1])
+            self._counts.dense_tokens += int(lengths.query_start[-1])
             return None
         plan = make_plan(
             lengths, block_table, slots, self.geometry, self.first_tokens, watched=self.watched
@@ -195,8 +207,26 @@ class DevicePipeline:
             sizes = self.geometry.page, self.chunk_pages
             plan = plan._replace(chunks=chunk_ends(lengths, *sizes, block_table.device))
         rows = self.num_kv_heads * len(self.layers)
-        self.counts.add(plan.windows, self.geometry.page, rows, varies=False)
+        self._counts.add(plan.windows, self.geometry.page, rows, varies=self.stages.budget.varies)
         return plan
+
+    @property
+    def counts(self) -> SelectionCounts:
+        """What was selected so far.
+
+        Where budgets vary, far pages are those of the last step whose count has come from the GPU.
+        """
+        counts = replace(self._counts)
+        far = self.common.get(FarPagesAttended)
+        if isinstance(far, FarPagesAttended):
+            counts.pages_attended += far.told
+        return counts
+
+    def tell(self, layer: DeviceLayer) -> None:
+        """Sends counts of far pages on their way, when the last layer has counted its own."""
+        far = self.common.get(FarPagesAttended)
+        if isinstance(far, FarPagesAttended) and layer is self.layers[-1]:
+            far.tell()
 
     def nbytes(self) -> int:
         """Bytes that memories of all layers take."""

@@ -61,6 +61,8 @@ class SparseWindows(NamedTuple):
     before: torch.Tensor | None = None
     """``[S]`` int32 logical page with what the request carried to the window, negative at its
     start (:mod:`kvplug.carry`); None where nobody watches."""
+    prefills: torch.Tensor | None = None
+    """``[S]`` int32, 1 for a window of a prompt, 0 for a decoded token; None likewise."""
 
     def __len__(self) -> int:
         """S."""
@@ -148,7 +150,7 @@ def make_plan(
         (*_tokens(windows, dense), windows.request[dense], windows.context_end[dense]),
         (
             *_tokens(windows, order[singles:]), *(column[order] for column in windows[:6]),
-            *(() if stream is None else (stream.before,)),
+            *(() if stream is None else stream.of_sparse),
         ),
         () if stream is None else stream.columns,
     )  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from kvplug.budget.entropy import EntropyBudget
 from kvplug.budget.fixed import FixedBudget, NoBudget
 from kvplug.errors import KvplugError
 from kvplug.index.buckets import Buckets
@@ -50,7 +51,7 @@ def check_recipe(stages: Stages) -> None:
         (stages.segment, ()),
         (stages.index, (Buckets, Channels, ChunkMean, MinMax, Representative, SimHash)),
         *((probe, PROBES) for probe in probes),
-        (stages.budget, (FixedBudget, NoBudget)),
+        (stages.budget, (EntropyBudget, FixedBudget, NoBudget)),
         (stages.select, (TopPages, Union)),
     )
     for stage, kinds in served:

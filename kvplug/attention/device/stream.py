@@ -29,6 +29,10 @@ class CarriedWindows(NamedTuple):
     finds what an earlier one left.
     """
 
+    prompts: int
+    """How many are windows of prompts; the others hand on only."""
+    scored: int
+    """How many of these select pages."""
     request: torch.Tensor
     """``[n]`` int32 row of the block table."""
     token_start: torch.Tensor
@@ -83,10 +87,13 @@ class HostStream(NamedTuple):
     """A stream before it is sent."""
 
     windows: Windows
-    before: Ints
-    """``[S]`` logical pages with what is carried to the step's sparse windows, in their order."""
+    of_sparse: tuple[Ints, Ints]
+    """``[S]`` logical pages with what is carried to the step's sparse windows, in their order, and
+    whether these are windows of prompts."""
+    counts: tuple[int, int]
+    """The first two fields of :class:`CarriedWindows`."""
     columns: tuple[Ints, ...]
-    """Of :class:`StreamWindows`, then of :class:`CarriedWindows`."""
+    """The other columns of :class:`StreamWindows`, then those of :class:`CarriedWindows`."""
 
     @classmethod
     def of(
@@ -106,19 +113,21 @@ class HostStream(NamedTuple):
         prefills = is_prefilling[windows.request].astype(np.int32)
         pages = np.empty((3, len(windows)), np.int32)
         _find_pages(windows.num_tokens, windows.context_end, prefills, window, page, pages)
-        before, sparse = np.empty(len(places), np.int32), np.full(len(windows), -1, np.int32)
-        before[places] = pages[0, windows.sparse]
+        of_sparse = np.empty((2, len(places)), np.int32)
+        of_sparse[:, places] = pages[0, windows.sparse], prefills[windows.sparse]
+        sparse = np.full(len(windows), -1, np.int32)
         sparse[windows.sparse] = places
         moving = np.flatnonzero(pages[1] != NOWHERE)
         own = windows.request, windows.token_start, windows.num_tokens
         carried = (column[moving] for column in (*own, prefills, *pages, sparse))
         columns = *own, windows.context_end, windows.far_end, prefills, *carried
-        return cls(windows, before, columns)
+        counts = int(prefills.sum()), int(of_sparse[1].sum())
+        return cls(windows, (of_sparse[0], of_sparse[1]), counts, columns)
 
     def on_device(self, columns: Sequence[torch.Tensor]) -> StreamWindows:
         """The stream, of its columns as they were sent."""
         request, start, tokens, end, far_end, prefills, *rest = columns
-        carried = CarriedWindows(*rest)
+        carried = CarriedWindows(*self.counts, *rest)
         return StreamWindows(self.windows, request, start, tokens, end, far_end, prefills, carried)
 
 

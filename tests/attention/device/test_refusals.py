@@ -56,13 +56,19 @@ def test_their_stages_go_together(index: str, probe: str, select: str) -> None:
     startup.adopt(config)
 
 
+def test_budgets_of_actqkv_over_hashes() -> None:
+    """Its probe and its budget."""
+    options = {"index": "simhash", "probe": ["activation", "last_activated"]}
+    startup.adopt(gpu_engine({"policy": "actqkv", "options": options}))
+
+
 @pytest.mark.parametrize(
     ("options", "what", "instead"),
     [
         ({"policy": "emllm"}, "Segment 'surprise'",
          "policy channels, quest, simhash, hax, hcam, infllm, streaming or dense"),
         ({"policy": "channels", "options": {"budget": "top_p"}}, "Budget 'top_p'",
-         "one of fixed, none."),
+         "one of entropy, fixed, none."),
         ({"policy": "quest", "options": {"budget": "recall"}}, "Budget 'recall'", "one of "),
     ],
     ids=str,
