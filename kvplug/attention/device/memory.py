@@ -12,10 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from kvplug.index.channels import Channels
-from kvplug.index.minmax import MinMax
 from kvplug.index.planes import draw_planes
-from kvplug.index.simhash import SimHash
 from kvplug.kernels.bound_scores import bound_scores
 from kvplug.kernels.channel_choice import channel_choice
 from kvplug.kernels.channel_codes import channel_codes
@@ -27,8 +24,6 @@ from kvplug.kernels.sign_hash import sign_hash, sign_hash_probes
 
 if TYPE_CHECKING:
     from kvplug.attention.device.plan import DevicePlan, SparseWindows
-    from kvplug.attention.device.watchers import BoundLayer
-    from kvplug.index.base import Index
     from kvplug.kernels.far_pages import FarPages
     from kvplug.kernels.paged_attention import PagedCache
     from kvplug.stage import LayerShape
@@ -36,6 +31,9 @@ if TYPE_CHECKING:
 
 class DeviceMemory(ABC):
     """Of one layer, by physical page and slot (design rule 1)."""
+
+    chunk_pages = 0
+    """Pages of the chunks whose ends it must know of (:attr:`DevicePlan.chunks`); 0: of none."""
 
     @property
     @abstractmethod
@@ -227,15 +225,3 @@ class BoundMemory(DeviceMemory):
 def first_pages(shape: LayerShape) -> int:
     """Pages of a context that say which channels matter, as on CPU."""
     return max(min(shape.window, shape.local) // shape.page, 1)
-
-
-def make_memory(index: Index | None, layer: BoundLayer) -> DeviceMemory | None:
-    """What a layer remembers for an index; None where a recipe has none."""
-    where = layer.shape, layer.device
-    if isinstance(index, Channels):
-        return ChannelMemory(index.bits, *where)
-    if isinstance(index, SimHash):
-        return SignMemory(*where)
-    if isinstance(index, MinMax):
-        return BoundMemory(*where)
-    return None

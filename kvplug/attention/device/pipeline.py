@@ -13,7 +13,9 @@ import torch
 
 from kvplug.attention.device.attended import FarPagesAttended
 from kvplug.attention.device.budgets import make_budget
-from kvplug.attention.device.memory import DeviceMemory, first_pages, make_memory
+from kvplug.attention.device.filled import chunk_ends
+from kvplug.attention.device.memories import make_memory
+from kvplug.attention.device.memory import DeviceMemory, first_pages
 from kvplug.attention.device.plan import DevicePlan, Lengths, SparseWindows, make_plan
 from kvplug.attention.device.probes import make_probe
 from kvplug.attention.device.watchers import BoundLayer, DeviceState
@@ -56,7 +58,7 @@ class DeviceLayer:
         self.memory: DeviceMemory | None = make_memory(stages.index, self.bound)
         self.probe = make_probe(stages.probe, self.bound)
         self.budget = make_budget(stages.budget, self.bound)
-        self.watchers = self.bound.watchers
+        self.watchers, self.sealers = self.bound.watchers, self.bound.sealers
 
     def watch(self, queries: torch.Tensor, keys: torch.Tensor, plan: DevicePlan) -> None:
         """Shows a step to whatever learns from it.
@@ -92,6 +94,9 @@ class DeviceLayer:
         # FlashAttention may look a page up behind a row's pages: it must be one.
         table = queries.new_zeros(size, dtype=torch.int32)
         rows = PageRows(table, queries.new_empty(size[:1], dtype=torch.int32))
+        for sealer in self.sealers:
+            far = windows.contexts(plan.block_table, geometry.page).far
+            sealer.seal(self.cache, far, windows.most_far)
         step = self._windows_at_a_time(windows)
         for first in range(0, len(windows), step):
             part = windows.span(first, min(first + step, len(windows)))
@@ -158,6 +163,8 @@ class DevicePipeline:
         self._counts = SelectionCounts()
         self.first_tokens = 0
         """Of a context, that are learnt from when all are there."""
+        self.chunk_pages = 0
+        """Of chunks that are learnt from when they are complete; 0: there are none."""
         self.trace: Any = None
         """Nothing is traced on a GPU."""
 
@@ -175,6 +182,7 @@ class DevicePipeline:
         """A layer, with what it remembers."""
         layer = DeviceLayer(self, shape, cache)
         self.first_tokens = first_pages(shape) * shape.page
+        self.chunk_pages = layer.memory.chunk_pages if layer.memory is not None else 0
         self.watched = self.watched or bool(layer.watchers)
         self.layers.append(layer)
         return layer
@@ -189,6 +197,9 @@ class DevicePipeline:
         plan = make_plan(
             lengths, block_table, slots, self.geometry, self.first_tokens, watched=self.watched
         )
+        if self.chunk_pages:
+            sizes = self.geometry.page, self.chunk_pages
+            plan = plan._replace(chunks=chunk_ends(lengths, *sizes, block_table.device))
         rows = self.num_kv_heads * len(self.layers)
         self._counts.add(plan.windows, self.geometry.page, rows, varies=self.stages.budget.varies)
         return plan

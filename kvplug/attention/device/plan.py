@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from kvplug.attention.device.stream import HostStream, StreamWindows
+from kvplug.kernels.chunk_means import ChunkEnds
 from kvplug.kernels.far_pages import FarPages
 from kvplug.kernels.page_rows import Contexts
 from kvplug.pages import PageGeometry
@@ -39,6 +40,8 @@ class SparseWindows(NamedTuple):
     """How many have one token."""
     most_far: int
     """Far pages of the window that has most of them, at least 1."""
+    budget: int
+    """Far pages that a window selects, where the recipe's budget is fixed."""
     tokens: torch.Tensor
     """``[Ts]`` int32 places in the step of the tokens of the step's other windows."""
     query_start: torch.Tensor
@@ -67,9 +70,9 @@ class SparseWindows(NamedTuple):
 
     def span(self, first: int, last: int) -> SparseWindows:
         """Windows ``first`` to ``last``, the latter not included."""
-        columns = (None if column is None else column[first:last] for column in self[4:])
+        columns = (None if column is None else column[first:last] for column in self[5:])
         singles = min(max(self.singles - first, 0), last - first)
-        return SparseWindows(singles, *self[1:4], *columns)
+        return SparseWindows(singles, *self[1:5], *columns)
 
     def contexts(self, block_table: torch.Tensor, page: int) -> Contexts:
         """Where the regions of the windows' contexts lie.
@@ -118,6 +121,8 @@ class DevicePlan(NamedTuple):
     """None: no window does, beside sparse ones."""
     stream: StreamWindows | None = None
     """All windows, for what watches; None where nothing does."""
+    chunks: ChunkEnds | None = None
+    """Chunks that the step completes, for an index that has chunks."""
 
 
 def make_plan(
@@ -152,7 +157,7 @@ def make_plan(
     sparse = dense_rows = None
     if len(order):
         most_far = int((windows.far_end - windows.far_begin)[order].max())
-        sparse = SparseWindows(singles, max(most_far, 1), *of_sparse)
+        sparse = SparseWindows(singles, max(most_far, 1), geometry.budget_pages, *of_sparse)
     if len(dense):
         tokens, query_start, request, seq_lens = of_dense
         longest = int(windows.num_tokens[dense].max()), int(windows.context_end[dense].max())

@@ -8,7 +8,9 @@ from kvplug.budget.entropy import EntropyBudget
 from kvplug.budget.fixed import FixedBudget, NoBudget
 from kvplug.errors import KvplugError
 from kvplug.index.channels import Channels
+from kvplug.index.chunk_mean import ChunkMean
 from kvplug.index.minmax import MinMax
+from kvplug.index.representative import Representative
 from kvplug.index.simhash import SimHash
 from kvplug.kernels.checks import HEAD_DIMS
 from kvplug.kernels.distance import LONGEST_WINDOW
@@ -33,7 +35,7 @@ UNTRIED = (
 """Logged once, where an engine starts on CUDA."""
 PROBES = (ActivationProbe, LastAndActivatedProbe, MeanProbe)
 """Those that are served, and unions of them."""
-RECIPES = "channels, quest, simhash, streaming or dense"
+RECIPES = "channels, quest, simhash, hcam, infllm, actqkv, streaming or dense"
 
 
 def check_recipe(stages: Stages) -> None:
@@ -45,7 +47,7 @@ def check_recipe(stages: Stages) -> None:
     probes = stages.probe.probes if isinstance(stages.probe, UnionProbe) else (stages.probe,)
     served: tuple[tuple[Stage | None, tuple[type[Stage], ...]], ...] = (
         (stages.segment, ()),
-        (stages.index, (Channels, MinMax, SimHash)),
+        (stages.index, (Channels, ChunkMean, MinMax, Representative, SimHash)),
         *((probe, PROBES) for probe in probes),
         (stages.budget, (EntropyBudget, FixedBudget, NoBudget)),
         (stages.select, (TopPages,)),

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     import torch
 
     from kvplug.attention.device.plan import DevicePlan
+    from kvplug.kernels.far_pages import FarPages
     from kvplug.kernels.paged_attention import PagedCache
     from kvplug.stage import LayerShape
 
@@ -59,6 +60,23 @@ class DeviceWatcher(DeviceState, ABC):
         """
 
 
+class DeviceSealer(DeviceState, ABC):
+    """Summarises pages of one layer when a window may first retrieve them."""
+
+    @abstractmethod
+    def seal(self, cache: PagedCache, far: FarPages, most_far: int) -> None:
+        """Summarises those far pages of a step's sparse windows that it has not summarised.
+
+        After everything has watched the step, before its windows are scored. The host does not know
+        which pages those are; a page may be in the far ranges of several windows.
+
+        Args:
+            cache: The layer's, with the keys of all far pages.
+            far: Of all the windows.
+            most_far: Far pages of the window that has most of them.
+        """
+
+
 S = TypeVar("S", bound=DeviceState)
 
 
@@ -91,6 +109,11 @@ class BoundLayer:
     def watchers(self) -> list[DeviceWatcher]:
         """Those of its own that learn from steps, in the order in which they were made."""
         return [state for state in self.states.values() if isinstance(state, DeviceWatcher)]
+
+    @property
+    def sealers(self) -> list[DeviceSealer]:
+        """Those of its own that summarise pages, likewise."""
+        return [state for state in self.states.values() if isinstance(state, DeviceSealer)]
 
 
 def _of(layer: BoundLayer, states: dict[type, DeviceState], kind: type[S]) -> S:

@@ -34,14 +34,16 @@ def gpu_engine(options: dict[str, Any], **changed: Any) -> Any:
     return config
 
 
-@pytest.mark.parametrize("policy", ["channels", "quest", "simhash", "streaming", "dense"])
+@pytest.mark.parametrize(
+    "policy", ["channels", "quest", "simhash", "hcam", "infllm", "streaming", "dense"]
+)
 def test_recipes_that_are_served(policy: str) -> None:
     config = gpu_engine({"policy": policy})
     startup.adopt(config)
     assert config.cache_config.block_size == 32
 
 
-@pytest.mark.parametrize("index", ["channels", "minmax", "simhash"])
+@pytest.mark.parametrize("index", ["channels", "minmax", "simhash", "chunk_mean", "representative"])
 @pytest.mark.parametrize(
     "probe", ["activation", "last_activated", "mean", ["activation", "last_activated"]], ids=str
 )
@@ -59,11 +61,10 @@ def test_budgets_of_actqkv_over_hashes() -> None:
 @pytest.mark.parametrize(
     ("options", "what", "instead"),
     [
-        ({"policy": "hcam"}, "Index 'chunk_mean'", "one of channels, minmax, simhash."),
-        ({"policy": "infllm"}, "Index 'representative'", "one of "),
         ({"policy": "emllm"}, "Segment 'surprise'",
-         "policy channels, quest, simhash, streaming or dense"),
-        ({"policy": "hax"}, "Index 'buckets'", "one of "),
+         "policy channels, quest, simhash, hcam, infllm, actqkv, streaming or dense"),
+        ({"policy": "hax"}, "Index 'buckets'",
+         "one of channels, chunk_mean, minmax, representative, simhash."),
         ({"policy": "channels", "options": {"budget": "top_p"}}, "Budget 'top_p'",
          "one of entropy, fixed, none."),
         ({"policy": "quest", "options": {"budget": "recall"}}, "Budget 'recall'", "one of "),
@@ -98,6 +99,7 @@ def test_probes_that_are_not(probe: Probe) -> None:
     [
         ({"audit": 0.5}, {}, "option audit"),
         ({"trace": "trace.jsonl"}, {}, "option trace"),
+        ({"policy": "hcam", "options": {"merge": "coarse"}}, {}, "use merge 'exact'"),
         ({"window": 16384}, {}, "window=16384 is more than its kernels take: up to 8192"),
         ({"offload": {"tier": "host"}}, {}, "option offload"),
         ({}, {"parallel_config__use_ubatching": True}, "--ubatch-size"),
