@@ -37,7 +37,7 @@ UNTRIED = (
 """Logged once, where an engine starts on CUDA."""
 PROBES = (ActivationProbe, LastAndActivatedProbe, MeanProbe)
 """Those that are served, and unions of them."""
-RECIPES = "channels, quest, simhash, actqkv, hax, hcam, infllm, streaming or dense"
+RECIPES = "channels, quest, simhash, hcam, infllm, actqkv, hax, streaming or dense"
 
 
 def check_recipe(stages: Stages) -> None:

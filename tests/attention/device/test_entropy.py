@@ -53,13 +53,21 @@ def pages_of(world: World, token: int) -> list[int]:
     return [len(layer[token][0]) for layer in world.selected()]
 
 
-@pytest.mark.parametrize(("policy", "limit"), [("simhash", 64), ("quest", 128), ("actqkv", 128)])
+@pytest.mark.parametrize(
+    ("policy", "options", "limit"),
+    [
+        ("simhash", {}, 64),
+        ("quest", {}, 128),
+        ("actqkv", {}, 128),
+        ("actqkv", {"index": "simhash", "probe": ["activation", "last_activated"]}, 128),
+    ],
+    ids=["simhash", "quest", "actqkv", "actqkv-hash"],
+)
 def test_requests_of_unequal_lengths(
-    policy: str, limit: int, monkeypatch: pytest.MonkeyPatch
+    policy: str, options: dict[str, Any], limit: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """ActQKV's budget and probes; decoded tokens beside prompts; layers get different numbers."""
-    of_actqkv = {"index": "simhash", "probe": ["activation", "last_activated"]}
-    world = world_of(monkeypatch, policy, **(of_actqkv if policy == "actqkv" else {}))
+    """Decoded tokens beside prompts; layers get different numbers."""
+    world = world_of(monkeypatch, policy, **options)
     told: set[int] = set()
     for pieces in schedule(PROMPTS, limit, 2):
         assert agrees(world, pieces), pieces

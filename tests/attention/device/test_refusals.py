@@ -36,7 +36,7 @@ def gpu_engine(options: dict[str, Any], **changed: Any) -> Any:
 
 @pytest.mark.parametrize(
     "policy",
-    ["channels", "quest", "simhash", "actqkv", "hax", "hcam", "infllm", "streaming", "dense"],
+    ["channels", "quest", "simhash", "hcam", "infllm", "actqkv", "hax", "streaming", "dense"],
 )
 def test_recipes_that_are_served(policy: str) -> None:
     config = gpu_engine({"policy": policy})
@@ -67,7 +67,7 @@ def test_budgets_of_actqkv_over_hashes() -> None:
     ("options", "what", "instead"),
     [
         ({"policy": "emllm"}, "Segment 'surprise'",
-         "policy channels, quest, simhash, actqkv, hax, hcam, infllm, streaming or dense"),
+         "policy channels, quest, simhash, hcam, infllm, actqkv, hax, streaming or dense"),
         ({"policy": "channels", "options": {"budget": "top_p"}}, "Budget 'top_p'",
          "one of entropy, fixed, none."),
         ({"policy": "quest", "options": {"budget": "recall"}}, "Budget 'recall'", "one of "),
