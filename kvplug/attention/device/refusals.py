@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvplug.budget.entropy import EntropyBudget
 from kvplug.budget.fixed import FixedBudget, NoBudget
+from kvplug.budget.top_p import TopPBudget
 from kvplug.errors import KvplugError
 from kvplug.index.channels import Channels
 from kvplug.index.chunk_mean import ChunkMean
@@ -49,7 +50,7 @@ def check_recipe(stages: Stages) -> None:
         (stages.segment, ()),
         (stages.index, (Channels, ChunkMean, MinMax, Representative, SimHash)),
         *((probe, PROBES) for probe in probes),
-        (stages.budget, (EntropyBudget, FixedBudget, NoBudget)),
+        (stages.budget, (EntropyBudget, FixedBudget, NoBudget, TopPBudget)),
         (stages.select, (TopPages,)),
     )
     for stage, kinds in served:
