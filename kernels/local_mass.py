@@ -31,6 +31,9 @@ BLOCK_M = 16
 """Query rows of a program. Like all that follow not measured: no GPU was at hand."""
 BLOCK_N = 64
 """Keys that a program looks at in a step."""
+SIZES = ("most_rows", "most_keys")
+"""Of scratch. They follow the batch, which must not choose the code: a window gives the same bits
+whatever it shares a step with."""
 
 
 class LocalWindows(NamedTuple):
@@ -139,7 +142,7 @@ def _logits(b_rows, b_position, b_keys, n, start, scale, DOT: tl.constexpr, BLOC
     return tl.where(m_mn, b_logits, float("-inf"))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _normalise_kernel(  # type: ignore[no-untyped-def]
     p_queries, p_start, p_count, p_keys, p_table, p_request, p_end, p_page, p_rows,
     query_token, query_head, table_stride, key_page, key_token, key_head, every, most_rows,
@@ -182,7 +185,7 @@ def _normalise_kernel(  # type: ignore[no-untyped-def]
     tl.store(p_out + most_rows, b_inverse, mask=o_m < rows)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _give_kernel(  # type: ignore[no-untyped-def]
     p_queries, p_start, p_count, p_keys, p_table, p_request, p_end, p_page, p_rows, p_given,
     query_token, query_head, table_stride, key_page, key_token, key_head, every, most_rows,

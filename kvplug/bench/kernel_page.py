@@ -36,11 +36,11 @@ on CPU selects, and what they attend to agrees with float64 (`tests/attention/de
 model runner, its compiler and its own Triton kernel were not part of that.
 
 * Policies `channels`, `quest`, `simhash`, `hcam` (with `merge` `exact`), `infllm`, `actqkv`, \
-`streaming` and `dense`, and their stages in any combination, with any probe or several and with \
-budget `top_p`; pages of 32, 64 or 128 tokens; heads of 64, 80, 96, 128 or 256; bfloat16 and \
-float16. Refused in one sentence: other stages, offload, audits, traces, speculative decoding, \
-microbatches, context parallelism, quantised caches, and requests that ask for a budget of their \
-own.
+`hax`, `streaming` and `dense`, and their stages in any combination, with any probe or several \
+and with any budget but `recall`; pages of 32, 64 or 128 tokens; heads of 64, 80, 96, 128 or 256; \
+bfloat16 and float16. Refused in one sentence: other stages, offload, audits, traces, speculative \
+decoding, microbatches, context parallelism, quantised caches, and requests that ask for a budget \
+of their own.
 * Selected pages are attended to by kvplug's own kernel, or with `attend` among the recipe's \
 options set to `flash` by vLLM's FlashAttention, or to `xformers` by xformers' Triton kernel, \
 both through a view of single heads' pages. Of FlashAttention only a stand-in was ever called; \
@@ -63,16 +63,17 @@ other, a program a query head, for a request may begin with pages that the same 
 densities are known before the first layer. Counts of pages stay on the GPU. Their sum, for \
 `kvplug:pages_attended`, starts towards the host at the end of every step and is read without \
 waiting, so that metrics may lag by a step.
-* `infllm` and `actqkv` watch every step too, for every 32nd query by its position gives mass to \
-the keys of its local region; the host knows from lengths which windows have one, and most steps \
-that decode have none. Each window's is computed by itself, and added by a program a KV head, in \
-order. Pages are settled before windows are scored: the device looks at a number of every far \
-page of every window, and settles those that it finds open.
+* `infllm`, `actqkv` and `hax` watch every step too, for every 32nd query by its position gives \
+mass to the keys of its local region; the host knows from lengths which windows have one, and \
+most steps that decode have none. Each window's is computed by itself, and added by a program a \
+KV head, in order. Pages are settled before windows are scored: the device looks at a number of \
+every far page of every window, and settles those that it finds open.
 * The index is allocated in full: with heads of 128, pages of 32 and 16-bit caches, `channels` \
 takes 7.0% of the bytes of keys and values, `quest` and `hcam` 3.1%, `infllm` 2.4%, `simhash` \
-1.6%. Probe `activation` keeps its statistics on any page too: with 4 query heads a KV head, 25% \
-with pages of 32 tokens, 6.3% with pages of 128. vLLM does not count it: lower \
-`--gpu-memory-utilization`.
+1.6%. `hax` keeps means of a request's first window on any page: with 4 query heads a KV head it \
+takes 18% with pages of 32 tokens, 6.3% with pages of 128. Probe `activation` keeps its \
+statistics on any page too: with 4 query heads a KV head, 25% with pages of 32 tokens, 6.3% with \
+pages of 128. vLLM does not count it: lower `--gpu-memory-utilization`.
 * CUDA graphs of attention are declared unsupported. Kernels are compiled when they are first \
 called. Windows whose scores are not finite are not counted.
 * After a preemption vLLM's second model runner reads decoded tokens back as if they were prompt, \

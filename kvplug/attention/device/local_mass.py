@@ -129,8 +129,11 @@ class DeviceLocalMass(DeviceWatcher, DeviceSealer):
 
     @property
     def state(self) -> tuple[torch.Tensor, ...]:
-        """``[pages, Hk, P]`` float32 mass, ``[pages, Hk]`` int32 first position that may add."""
-        return (self.mass, self.seen)
+        """``[pages, Hk, P]`` float32 mass, ``[pages, Hk]`` int32 first position that may add.
+
+        And the largest mass of settled pages, where it is kept.
+        """
+        return (self.mass, self.seen, *([] if self._largest is None else [self._largest]))
 
     def keep_representatives(self, top: int) -> torch.Tensor:
         """``[pages, Hk, D]`` bfloat16, of settled pages: mean of the ``top`` keys of most mass."""

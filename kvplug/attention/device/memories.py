@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from kvplug.attention.device.bucket_memory import BucketMemory
 from kvplug.attention.device.chunk_memory import ChunkMemory
 from kvplug.attention.device.memory import (
     BoundMemory,
@@ -12,6 +13,7 @@ from kvplug.attention.device.memory import (
     SignMemory,
 )
 from kvplug.attention.device.representative_memory import RepresentativeMemory
+from kvplug.index.buckets import Buckets
 from kvplug.index.channels import Channels
 from kvplug.index.chunk_mean import ChunkMean
 from kvplug.index.minmax import MinMax
@@ -36,4 +38,6 @@ def make_memory(index: Index | None, layer: BoundLayer) -> DeviceMemory | None:
         return ChunkMemory(index, *where)
     if isinstance(index, Representative):
         return RepresentativeMemory(index, layer)
+    if isinstance(index, Buckets):
+        return BucketMemory(index, layer)
     return None

@@ -1,8 +1,9 @@
 """What a layer remembers of its keys on a GPU: written as keys come, by slot, and scored by page.
 
 On CPU the same is summarised page by page, when a page leaves the local region. Here the host does
-not know pages, so keys are summarised as they are written, or when they fill a page; what is stored
-of a page that a window may retrieve is the same.
+not know pages, so keys are summarised as they are written, or when they fill a page, or, where
+queries have a say in it, by the device before it scores (:mod:`.local_mass`); what is stored of a
+page that a window may retrieve is the same.
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ from kvplug.attention.device.memories import make_memory
 from kvplug.attention.device.memory import DeviceMemory, first_pages
 from kvplug.attention.device.plan import DevicePlan, Lengths, SparseWindows, make_plan
 from kvplug.attention.device.probes import make_probe
+from kvplug.attention.device.selects import make_select
 from kvplug.attention.device.watchers import BoundLayer, DeviceState
 from kvplug.config import KvplugConfig
 from kvplug.kernels.page_rows import Contexts, PageRows, page_rows
@@ -58,6 +59,8 @@ class DeviceLayer:
         self.memory: DeviceMemory | None = make_memory(stages.index, self.bound)
         self.probe = make_probe(stages.probe, self.bound)
         self.budget = make_budget(stages.budget, self.bound)
+        self.ranker = make_select(stages.select, self.bound)
+        """None: the best pages by score are taken."""
         self.watchers, self.sealers = self.bound.watchers, self.bound.sealers
 
     def watch(self, queries: torch.Tensor, keys: torch.Tensor, plan: DevicePlan) -> None:
@@ -114,8 +117,10 @@ class DeviceLayer:
         if self.memory is None or self.probe is None:
             return len(windows)
         probes = self.probe.most * self.shape.num_heads // self.shape.num_kv_heads
-        each = self.memory.scratch_bytes(probes, windows.most_far) * self.shape.num_kv_heads
-        return max(SCRATCH // each, 1)
+        each = self.memory.scratch_bytes(probes, windows.most_far)
+        for stage in (self.budget, self.ranker):  # each takes as much as the scores at most
+            each += 0 if stage is None else 4 * windows.most_far
+        return max(SCRATCH // (each * self.shape.num_kv_heads), 1)
 
     def _select(
         self, queries: torch.Tensor, windows: SparseWindows, contexts: Contexts, rows: PageRows,
@@ -135,6 +140,8 @@ class DeviceLayer:
         wanted: torch.Tensor | int = geometry.budget_pages
         if self.budget is not None:
             wanted = self.budget.count(scores, windows, first, geometry.budget_pages, plan)
+        if self.ranker is not None:
+            scores = self.ranker.rank(scores, wanted, contexts.far)
         chunks = candidates_shape(num, heads, windows.most_far, geometry.most_pages)
         candidates = queries.new_empty(chunks, dtype=torch.int32) if chunks else None
         top_pages(scores, wanted, contexts, rows, candidates)

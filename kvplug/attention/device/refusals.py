@@ -8,6 +8,7 @@ from kvplug.budget.entropy import EntropyBudget
 from kvplug.budget.fixed import FixedBudget, NoBudget
 from kvplug.budget.top_p import TopPBudget
 from kvplug.errors import KvplugError
+from kvplug.index.buckets import Buckets
 from kvplug.index.channels import Channels
 from kvplug.index.chunk_mean import ChunkMean
 from kvplug.index.minmax import MinMax
@@ -20,6 +21,7 @@ from kvplug.probe.last_activated import LastAndActivatedProbe
 from kvplug.probe.mean import MeanProbe
 from kvplug.probe.union import UnionProbe
 from kvplug.select.top_pages import TopPages
+from kvplug.select.union import Union
 
 if TYPE_CHECKING:
     from kvplug.config import KvplugConfig
@@ -36,7 +38,7 @@ UNTRIED = (
 """Logged once, where an engine starts on CUDA."""
 PROBES = (ActivationProbe, LastAndActivatedProbe, MeanProbe)
 """Those that are served, and unions of them."""
-RECIPES = "channels, quest, simhash, hcam, infllm, actqkv, streaming or dense"
+RECIPES = "channels, quest, simhash, hcam, infllm, actqkv, hax, streaming or dense"
 
 
 def check_recipe(stages: Stages) -> None:
@@ -48,10 +50,10 @@ def check_recipe(stages: Stages) -> None:
     probes = stages.probe.probes if isinstance(stages.probe, UnionProbe) else (stages.probe,)
     served: tuple[tuple[Stage | None, tuple[type[Stage], ...]], ...] = (
         (stages.segment, ()),
-        (stages.index, (Channels, ChunkMean, MinMax, Representative, SimHash)),
+        (stages.index, (Buckets, Channels, ChunkMean, MinMax, Representative, SimHash)),
         *((probe, PROBES) for probe in probes),
         (stages.budget, (EntropyBudget, FixedBudget, NoBudget, TopPBudget)),
-        (stages.select, (TopPages,)),
+        (stages.select, (TopPages, Union)),
     )
     for stage, kinds in served:
         if stage is not None and type(stage) not in kinds:

@@ -35,7 +35,8 @@ def gpu_engine(options: dict[str, Any], **changed: Any) -> Any:
 
 
 @pytest.mark.parametrize(
-    "policy", ["channels", "quest", "simhash", "hcam", "infllm", "streaming", "dense"]
+    "policy",
+    ["channels", "quest", "simhash", "hcam", "infllm", "actqkv", "hax", "streaming", "dense"],
 )
 def test_recipes_that_are_served(policy: str) -> None:
     config = gpu_engine({"policy": policy})
@@ -43,12 +44,16 @@ def test_recipes_that_are_served(policy: str) -> None:
     assert config.cache_config.block_size == 32
 
 
-@pytest.mark.parametrize("index", ["channels", "minmax", "simhash", "chunk_mean", "representative"])
+@pytest.mark.parametrize("select", ["top", "union"])
+@pytest.mark.parametrize(
+    "index", ["buckets", "channels", "chunk_mean", "minmax", "representative", "simhash"]
+)
 @pytest.mark.parametrize(
     "probe", ["activation", "last_activated", "mean", ["activation", "last_activated"]], ids=str
 )
-def test_their_stages_go_together(index: str, probe: str) -> None:
-    config = gpu_engine({"policy": "infllm", "options": {"index": index, "probe": probe}})
+def test_their_stages_go_together(index: str, probe: str, select: str) -> None:
+    options = {"index": index, "probe": probe, "select": select}
+    config = gpu_engine({"policy": "infllm", "options": options})
     startup.adopt(config)
 
 
@@ -61,13 +66,9 @@ def test_budgets_that_are_served(budget: str) -> None:
     ("options", "what", "instead"),
     [
         ({"policy": "emllm"}, "Segment 'surprise'",
-         "policy channels, quest, simhash, hcam, infllm, actqkv, streaming or dense"),
-        ({"policy": "hax"}, "Index 'buckets'",
-         "one of channels, chunk_mean, minmax, representative, simhash."),
+         "policy channels, quest, simhash, hcam, infllm, actqkv, hax, streaming or dense"),
         ({"policy": "quest", "options": {"budget": "recall"}}, "Budget 'recall'",
          "one of entropy, fixed, none, top_p."),
-        ({"policy": "quest", "options": {"index": "simhash", "select": "union"}},
-         "Select 'union'", "one of top."),
     ],
     ids=str,
 )  # fmt: skip
