@@ -16,7 +16,7 @@ import triton.language as tl
 from kvplug.kernels.checks import FLOATS, check, check_devices, check_head_dim, require
 from kvplug.kernels.compile_check import Variant
 
-BLOCK = 4096
+BLOCK = 1024
 """Numbers that a program compares or copies at a time."""
 
 
@@ -39,7 +39,7 @@ def _append_kernel(  # type: ignore[no-untyped-def]
     count, filled = tl.load(p_counts + i_s), tl.load(p_filled + i_s)
     first = i_s.to(tl.int64) * kv_heads
     o_r, o_d = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_D)
-    differing = tl.where(filled < count, 1, 0)
+    b_differing = tl.zeros([BLOCK_R], dtype=tl.int32)
     for h in range(tl.where(filled < count, 0, kv_heads)):
         for r in range(0, count, BLOCK_R):
             m_rd = (r + o_r < count)[:, None] & (o_d < D)[None, :]
@@ -47,8 +47,9 @@ def _append_kernel(  # type: ignore[no-untyped-def]
             b_new = tl.load(p_vectors + (first + h) * most * D + o_rd, mask=m_rd, other=0.0)
             b_old = tl.load(p_joined + (first + h) * room * D + o_rd, mask=m_rd, other=0.0)
             b_same = b_new.to(tl.float32) == b_old.to(tl.float32)  # NaN is never the same
-            differing += tl.sum(tl.sum(tl.where(b_same, 0, 1), 1), 0)
-    count = tl.where(differing > 0, count, 0)
+            b_differing += tl.sum(tl.where(b_same, 0, 1), 1)
+    is_there = (filled >= count) & (tl.sum(b_differing, 0) == 0)
+    count = tl.where(is_there, 0, count)
     tl.store(p_total + i_s, filled + count)
     for h in range(kv_heads):
         for r in range(0, count, BLOCK_R):

@@ -1,4 +1,4 @@
-"""What the gate calls of budgets by information density: how scores spread, and who gets what."""
+"""What the gate calls of budgets that vary: by how widely scores spread, and by their mass."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from kvplug.kernels.density_means import (
 )
 from kvplug.kernels.layer_shares import Densities, layer_shares, layer_shares_reference
 from kvplug.kernels.page_density import page_density, page_density_reference
+from kvplug.kernels.top_p import top_p, top_p_reference
 
 LAYERS = 32
 """That share a budget."""
@@ -108,7 +109,23 @@ def shares_of_layers(world: World) -> Case:
     return Case("layer_shares", layer_shares, layer_shares_reference, call, [counts, total], moved)
 
 
+def fewest_pages(world: World) -> Case:
+    """Of decoded tokens, by the mass of their scores."""
+    shape = world.shape
+    batch, heads, pages = shape.batch, shape.kv_heads, max(world.num_far(), 1)
+    scores, far = world.normal(batch, heads, pages), world.far(batch)
+    masses = world.scratch(batch, heads, pages)
+    counts = world.scratch(batch, heads, dtype=torch.int32)
+    total = torch.zeros(1, dtype=torch.int64, device=world.device)
+    budget = max(shape.budget // shape.page, 1)
+
+    def call(function: Callable[..., None], out: Outputs) -> None:
+        function(scores, far.begin, far.end, budget, 0.02, 0.5, masses, *out)
+
+    return Case("top_p", top_p, top_p_reference, call, [counts, total], size_of(scores, masses))
+
+
 DENSITY_CASES: tuple[Callable[[World], Case], ...] = (
-    density_of_scores, densities_handed_on, densities_learnt, shares_of_layers,
+    density_of_scores, densities_handed_on, densities_learnt, shares_of_layers, fewest_pages,
 )  # fmt: skip
 """Kernels of budgets that vary."""

@@ -37,10 +37,10 @@ model runner, its compiler and its own Triton kernel were not part of that.
 
 * Policies `channels`, `quest`, `simhash`, `hcam` (with `merge` `exact`), `infllm`, `actqkv`, \
 `hax`, `streaming` and `dense`, and their stages in any combination, with any probe or several \
-and with budget `fixed` or `entropy`; pages of 32, 64 or 128 tokens; heads of 64, 80, 96, 128 or \
-256; bfloat16 and float16. Refused in one sentence: other stages, offload, audits, traces, \
-speculative decoding, microbatches, context parallelism, quantised caches, and requests that ask \
-for a budget of their own.
+and with any budget but `recall`; pages of 32, 64 or 128 tokens; heads of 64, 80, 96, 128 or 256; \
+bfloat16 and float16. Refused in one sentence: other stages, offload, audits, traces, speculative \
+decoding, microbatches, context parallelism, quantised caches, and requests that ask for a budget \
+of their own.
 * Selected pages are attended to by kvplug's own kernel, or with `attend` among the recipe's \
 options set to `flash` by vLLM's FlashAttention, or to `xformers` by xformers' Triton kernel, \
 both through a view of single heads' pages. Of FlashAttention only a stand-in was ever called; \

@@ -10,9 +10,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from kvplug.attention.device.attended import FarPagesAttended
 from kvplug.attention.device.densities import DeviceLayerDensity
 from kvplug.budget.entropy import LEAST, EntropyBudget
+from kvplug.budget.top_p import TopPBudget
 from kvplug.kernels.page_density import page_density
+from kvplug.kernels.top_p import top_p
 
 if TYPE_CHECKING:
     from kvplug.attention.device.plan import DevicePlan, SparseWindows
@@ -83,8 +86,41 @@ class DeviceEntropy(DeviceBudget):
             self._found = None
 
 
+class DeviceTopP(DeviceBudget):
+    """The fewest pages that hold a share of the estimated attention, up to the budget.
+
+    Args:
+        budget: What was asked for.
+        layer: The layer.
+    """
+
+    def __init__(self, budget: TopPBudget, layer: BoundLayer) -> None:
+        """Holds its arguments."""
+        self.p, self.temperature = budget.p, budget.temperature
+        self.attended = layer.shared(FarPagesAttended)
+
+    def count(
+        self, scores: torch.Tensor, windows: SparseWindows, first: int, pages: int, plan: DevicePlan
+    ) -> torch.Tensor:
+        """See :meth:`DeviceBudget.count`."""
+        counts = scores.new_empty(scores.shape[:2], dtype=torch.int32)
+        if self.p == 1:
+            self.attended.total += counts.numel() * pages
+            return counts.fill_(pages)
+        top_p(
+            scores, windows.far_begin, windows.far_end, pages, self.p, self.temperature,
+            torch.empty_like(scores), counts, self.attended.total,
+        )  # fmt: skip
+        return counts
+
+    def learn(self, plan: DevicePlan) -> None:
+        """Nothing: a row's scores say all."""
+
+
 def make_budget(budget: Budget, layer: BoundLayer) -> DeviceBudget | None:
     """What counts a layer's pages; None where every window gets the budget."""
     if isinstance(budget, EntropyBudget):
         return DeviceEntropy(budget.temperature, layer)
+    if isinstance(budget, TopPBudget):
+        return DeviceTopP(budget, layer)
     return None

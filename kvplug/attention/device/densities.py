@@ -29,6 +29,9 @@ class DeviceDensities(DeviceState):
         self.means = torch.zeros(size, device=layer.device)
         """``[pages, L, 2]`` float32: mean density of sparse windows, and how many there were."""
         self.attended = layer.shared(FarPagesAttended)
+        self.ranks: set[int] = set()
+        """Layers that ask for their shares here: of a model whose caches are in several groups, not
+        all of them."""
         self._shared: tuple[DevicePlan, torch.Tensor] | None = None
 
     @property
@@ -65,7 +68,11 @@ class DeviceDensities(DeviceState):
             )  # fmt: skip
             size = self.shape.num_layers, len(windows), self.shape.num_kv_heads
             counts = torch.empty(size, dtype=torch.int32, device=self.means.device)
-            layer_shares(known, budget, least, counts, self.attended.total)
+            has_all = len(self.ranks) == self.shape.num_layers
+            total = self.attended.total if has_all else torch.zeros_like(self.attended.total)
+            layer_shares(known, budget, least, counts, total)
+            if not has_all:
+                self.attended.total += sum(counts[rank].sum() for rank in self.ranks)
             self._shared = plan, counts
         return self._shared[1]
 
@@ -77,6 +84,7 @@ class DeviceLayerDensity(DeviceWatcher):
         """Finds the columns."""
         super().__init__(layer)
         self.all = layer.shared(DeviceDensities)
+        self.all.ranks.add(self.shape.rank)
 
     def watch(
         self, queries: torch.Tensor, keys: torch.Tensor, cache: PagedCache, plan: DevicePlan

@@ -118,7 +118,8 @@ class DeviceLayer:
             return len(windows)
         probes = self.probe.most * self.shape.num_heads // self.shape.num_kv_heads
         each = self.memory.scratch_bytes(probes, windows.most_far)
-        each += 0 if self.ranker is None else 4 * windows.most_far
+        for stage in (self.budget, self.ranker):  # each takes as much as the scores at most
+            each += 0 if stage is None else 4 * windows.most_far
         return max(SCRATCH // (each * self.shape.num_kv_heads), 1)
 
     def _select(

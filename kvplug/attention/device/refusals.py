@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvplug.budget.entropy import EntropyBudget
 from kvplug.budget.fixed import FixedBudget, NoBudget
+from kvplug.budget.top_p import TopPBudget
 from kvplug.errors import KvplugError
 from kvplug.index.buckets import Buckets
 from kvplug.index.channels import Channels
@@ -51,7 +52,7 @@ def check_recipe(stages: Stages) -> None:
         (stages.segment, ()),
         (stages.index, (Buckets, Channels, ChunkMean, MinMax, Representative, SimHash)),
         *((probe, PROBES) for probe in probes),
-        (stages.budget, (EntropyBudget, FixedBudget, NoBudget)),
+        (stages.budget, (EntropyBudget, FixedBudget, NoBudget, TopPBudget)),
         (stages.select, (TopPages, Union)),
     )
     for stage, kinds in served:

@@ -88,6 +88,21 @@ def test_counts_are_those_of_the_pipeline_on_cpu(monkeypatch: pytest.MonkeyPatch
     assert world.on_cpu.counts.pages_attended > 0
 
 
+def test_counts_of_some_of_a_models_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those whose caches are in one of several groups."""
+    world = world_of(monkeypatch)
+    densities = world.builder.pipeline.common[DeviceDensities]
+    assert isinstance(densities, DeviceDensities)
+    assert densities.ranks == set(range(LAYERS))
+    pieces = [Piece(0, 230, 1, False), Piece(1, 200, 1, False)]
+    world.fill(pieces)
+    densities.ranks.discard(1)
+    before = densities.attended.told
+    world.step(pieces)
+    heads, budget = SMALL.kv_heads, 64 // SMALL.page  # for want of densities, all get the budget
+    assert densities.attended.told - before == 2 * 2 * heads * budget
+
+
 def test_a_prefix_hit(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the prompt that filled the pages learnt, another goes on from."""
     world = world_of(monkeypatch)
