@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
+from kvplug.kernels.carried_pages import carried_page, check_carried, physical_page
 from kvplug.kernels.checks import check, check_devices, require
 from kvplug.kernels.compile_check import Variant
 from kvplug.kernels.distance import BLOCK, QueryWindows, check_longest, store_distances
@@ -24,11 +25,15 @@ TINY = 1e-20
 class Seen(NamedTuple):
     """Statistics of queries before a window, as :class:`kvplug.probe.query_statistics` keeps them.
 
-    They lie on pages; ``page`` says on which one a window finds its own.
+    They lie on pages; ``before`` says on which one a window finds its own.
     """
 
-    page: torch.Tensor
-    """``[S]`` int32 physical page; a negative one at the start of a request."""
+    block_table: torch.Tensor
+    """``[B, max_pages]`` int32 physical pages; rows may be strided."""
+    request: torch.Tensor
+    """``[S]`` int32 row of the block table."""
+    before: torch.Tensor
+    """``[S]`` int32 logical page; a negative one at the start of a request."""
     means: torch.Tensor
     """``[pages, H, D]`` float32."""
     variances: torch.Tensor
@@ -42,7 +47,7 @@ class Seen(NamedTuple):
         Raises:
             ValueError: A tensor is of another shape, dtype or layout.
         """
-        check("seen.page", self.page, (windows,), torch.int32)
+        check_carried(self.block_table, self.request, windows, before=self.before)
         check("seen.means", self.means, ("pages", heads, dim), torch.float32)
         check("seen.variances", self.variances, tuple(self.means.shape), torch.float32)
         check("seen.counts", self.counts, tuple(self.means.shape[:2]), torch.float32)
@@ -50,8 +55,8 @@ class Seen(NamedTuple):
 
 @triton.jit
 def _distance_kernel(  # type: ignore[no-untyped-def]
-    p_queries, p_start, p_count, p_page, p_means, p_variances, p_seen, p_out,
-    stride_token, stride_head, longest, warm_up, TINY: tl.constexpr,
+    p_queries, p_start, p_count, p_table, p_request, p_before, p_means, p_variances, p_seen, p_out,
+    table_stride, stride_token, stride_head, longest, warm_up, TINY: tl.constexpr,
     SHARING: tl.constexpr, D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """How far one head's queries of one window stand out; nothing before the warm-up."""
@@ -61,7 +66,7 @@ def _distance_kernel(  # type: ignore[no-untyped-def]
     if count <= 1:
         return
     p_row = p_out + (i_s * heads + i_h).to(tl.int64) * longest
-    i_page = tl.load(p_page + i_s).to(tl.int64)
+    i_page = carried_page(p_table, table_stride, p_request, p_before, i_s)
     i_row = tl.maximum(i_page, 0) * heads  # page 0 in place of none
     if (i_page < 0) | (tl.load(p_seen + i_row + i_h) < warm_up):
         for t in range(0, count, BLOCK_T):
@@ -173,8 +178,9 @@ def activation_means(
     blocks = {"SHARING": sharing, "D": dim, "BLOCK_T": BLOCK // block_d, "BLOCK_D": block_d}
     if longest > 1:
         _distance_kernel[(num, heads)](
-            *windows, *seen, distances, *strides, longest, float(warm_up), TINY=TINY, **blocks
-        )
+            *windows, *seen, distances, seen.block_table.stride(0), *strides, longest,
+            float(warm_up), TINY=TINY, **blocks,
+        )  # fmt: skip
         _weight_kernel[(num, shares)](
             windows.num_tokens, distances, weights, longest, float(sharpness),
             IS_PLAIN=sharpness == 1, SHARING=sharing, BLOCK_W=triton.next_power_of_2(longest),
@@ -203,7 +209,8 @@ def activation_means_reference(
 ) -> None:  # fmt: skip
     """Twin of :func:`activation_means` in plain torch; float64 vectors are computed in float64."""
     shares, dtype = weights.shape[1], vectors.dtype
-    for s, page in enumerate(seen.page.tolist()):
+    for s, before in enumerate(seen.before.tolist()):
+        page = physical_page(seen.block_table, int(seen.request[s]), before)
         query = windows.of(s).to(dtype).unflatten(1, (shares, -1))  # [c, shares, sharing, D]
         count = len(query)
         if not count:
@@ -230,7 +237,7 @@ _BLOCKS = {"SHARING": 4, "D": 128, "BLOCK_T": BLOCK // 128, "BLOCK_D": 128}
 COMPILED = (
     Variant(
         _distance_kernel,
-        "*bf16 *i32 *i32 *i32 *fp32 *fp32 *fp32 *fp32 i32 i32 i32 fp32",
+        "*bf16 *i32 *i32 *i32 *i32 *i32 *fp32 *fp32 *fp32 *fp32 i32 i32 i32 i32 fp32",
         _BLOCKS | {"TINY": TINY},
     ),
     Variant(

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from kvplug.kernels.activation import Seen
+from kvplug.kernels.carried_pages import carried_page, physical_page
 from kvplug.kernels.checks import check, check_devices
 from kvplug.kernels.compile_check import Variant
 from kvplug.kernels.distance import BLOCK, QueryWindows, window_moments
@@ -22,12 +23,10 @@ from kvplug.kernels.distance import BLOCK, QueryWindows, window_moments
 class Carried(NamedTuple):
     """Where the windows of a step leave their statistics; where they find them is in ``Seen``."""
 
-    window_start: torch.Tensor
-    """``[B + 1]`` int32 first window of each request, whose windows follow one another."""
     prefills: torch.Tensor
-    """``[S]`` bool, whether a window is a part of the prompt; else it only hands on."""
+    """``[S]`` int32, 0 for a decoded token, which only hands on; else a part of the prompt."""
     here: torch.Tensor
-    """``[S]`` int32 physical page to write to; a negative one where nothing is."""
+    """``[S]`` int32 logical page to write to; a negative one where nothing is."""
     also: torch.Tensor
     """``[S]`` int32 another one; may be the same."""
 
@@ -53,18 +52,18 @@ def _moments_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _pool_kernel(  # type: ignore[no-untyped-def]
-    p_first, p_count, p_prefills, p_before, p_here, p_also, p_moments,
-    p_means, p_variances, p_seen, heads,
+    p_count, p_prefills, p_table, p_request, p_before, p_here, p_also, p_moments,
+    p_means, p_variances, p_seen, table_stride, windows, heads,
     D: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """One head of one request, window after window."""
-    i_b, i_h = tl.program_id(0), tl.program_id(1)
+    """One head, window after window: a request may begin with pages that another fills."""
+    i_h = tl.program_id(0)
     o_d = tl.arange(0, BLOCK_D)
     m_d = o_d < D
-    for i_s in range(tl.load(p_first + i_b), tl.load(p_first + i_b + 1)):
-        here = tl.load(p_here + i_s).to(tl.int64)
+    for i_s in range(windows):
+        here = carried_page(p_table, table_stride, p_request, p_here, i_s)
         if here >= 0:
-            before = tl.load(p_before + i_s).to(tl.int64)
+            before = carried_page(p_table, table_stride, p_request, p_before, i_s)
             i_row = tl.maximum(before, 0) * heads + i_h
             seen = tl.where(before >= 0, tl.load(p_seen + i_row), 0.0)
             b_mean = tl.load(p_means + i_row * D + o_d, mask=m_d, other=0.0)  # [BD]
@@ -85,7 +84,7 @@ def _pool_kernel(  # type: ignore[no-untyped-def]
             for i_page in tl.static_range(2):
                 page = here
                 if i_page == 1:
-                    page = tl.load(p_also + i_s).to(tl.int64)
+                    page = carried_page(p_table, table_stride, p_request, p_also, i_s)
                 i_row = page * heads + i_h
                 tl.store(p_seen + i_row, seen)
                 tl.store(p_means + i_row * D + o_d, b_mean, mask=m_d)
@@ -103,8 +102,9 @@ def query_statistics(
 
     Args:
         windows: The queries.
-        seen: Statistics by page; ``page`` is where each window finds those before it.
-        carried: Where it leaves its own.
+        seen: Statistics by page; ``before`` is where each window finds those before it.
+        carried: Where it leaves its own. Windows are taken in order, so that a later one may find
+            what an earlier one leaves.
         moments: ``[S, H, 2, D]`` float32 scratch.
 
     Raises:
@@ -113,23 +113,20 @@ def query_statistics(
     num, heads, dim = windows.check_queries()
     check("moments", moments, (num, heads, 2, dim), torch.float32)
     seen.check(num, heads, dim)
-    check("carried.window_start", carried.window_start, ("B + 1",), torch.int32)
-    check("carried.prefills", carried.prefills, (num,), torch.bool)
-    check("carried.here", carried.here, (num,), torch.int32)
-    check("carried.also", carried.also, (num,), torch.int32)
+    for name, column in carried._asdict().items():
+        check(f"carried.{name}", column, (num,), torch.int32)
     check_devices(moments=moments, queries=windows.queries, **seen._asdict(), **carried._asdict())
-    requests = len(carried.window_start) - 1
-    if not num or requests < 1:
+    if not num:
         return
     block_d = triton.next_power_of_2(dim)
     _moments_kernel[(num, heads)](
         *windows, carried.prefills, carried.here, moments, *windows.queries.stride()[:2],
         D=dim, BLOCK_T=BLOCK // block_d, BLOCK_D=block_d,
     )  # fmt: skip
-    _pool_kernel[(requests, heads)](
-        carried.window_start, windows.num_tokens, carried.prefills, seen.page, carried.here,
-        carried.also, moments, seen.means, seen.variances, seen.counts, heads,
-        D=dim, BLOCK_D=block_d, num_warps=1,
+    _pool_kernel[(heads,)](
+        windows.num_tokens, carried.prefills, seen.block_table, seen.request, seen.before,
+        carried.here, carried.also, moments, seen.means, seen.variances, seen.counts,
+        seen.block_table.stride(0), num, heads, D=dim, BLOCK_D=block_d, num_warps=1,
     )  # fmt: skip
 
 
@@ -137,12 +134,16 @@ def query_statistics_reference(
     windows: QueryWindows, seen: Seen, carried: Carried, moments: torch.Tensor
 ) -> None:
     """Twin of :func:`query_statistics` in plain torch; float64 means are computed in float64."""
-    for s, before in enumerate(seen.page.tolist()):
-        here, also = int(carried.here[s]), int(carried.also[s])
+    states = seen.means, seen.variances, seen.counts
+    for s, request in enumerate(seen.request.tolist()):
+        before, here, also = (
+            physical_page(seen.block_table, request, int(column[s]))
+            for column in (seen.before, carried.here, carried.also)
+        )
         if here < 0:
             continue
         mean, variance, count = (
-            torch.zeros_like(x[0]) if before < 0 else x[before].clone() for x in seen[1:]
+            torch.zeros_like(x[0]) if before < 0 else x[before].clone() for x in states
         )
         if carried.prefills[s]:
             query = windows.of(s).to(mean.dtype)
@@ -160,17 +161,18 @@ def query_statistics_reference(
             )
             count = torch.where(takes_part, count + new, count)
         for page in (here, also):
-            for state, value in zip(seen[1:], (mean, variance, count), strict=True):
+            for state, value in zip(states, (mean, variance, count), strict=True):
                 state[page] = value
 
 
 COMPILED = (
     Variant(
-        _moments_kernel, "*bf16 *i32 *i32 *i1 *i32 *fp32 i32 i32",
+        _moments_kernel, "*bf16 *i32 *i32 *i32 *i32 *fp32 i32 i32",
         {"D": 128, "BLOCK_T": BLOCK // 128, "BLOCK_D": 128},
     ),
     Variant(
-        _pool_kernel, "*i32 *i32 *i1 *i32 *i32 *i32 *fp32 *fp32 *fp32 *fp32 i32",
+        _pool_kernel,
+        "*i32 *i32 *i32 *i32 *i32 *i32 *i32 *fp32 *fp32 *fp32 *fp32 i32 i32 i32",
         {"D": 80, "BLOCK_D": 128}, num_warps=1,
     ),
 )  # fmt: skip

@@ -38,7 +38,7 @@ CHUNK = 4096
 
 
 @triton.jit
-def _order(b_scores):  # type: ignore[no-untyped-def]
+def order_of(b_scores):  # type: ignore[no-untyped-def]
     """An unsigned integer that orders as the float32 does; 0 if it is no finite number."""
     bits = b_scores.to(tl.uint32, bitcast=True)
     bits = tl.where(bits == 0x80000000, 0, bits)  # -0.0 equals 0.0
@@ -60,11 +60,11 @@ def _entries(  # type: ignore[no-untyped-def]
         in_chunk = tl.minimum(limit - o_e // most * CHUNK, CHUNK)
         m_e &= o_e % most < tl.minimum(in_chunk, wanted)
         b_n = tl.load(p_candidates + o_e, mask=m_e, other=0)
-    return b_n, _order(tl.load(p_scores + b_n, mask=m_e, other=0.0)), m_e
+    return b_n, order_of(tl.load(p_scores + b_n, mask=m_e, other=0.0)), m_e
 
 
 @triton.jit
-def _threshold(  # type: ignore[no-untyped-def]
+def threshold_of(  # type: ignore[no-untyped-def]
     p_scores, p_candidates, total, limit, wanted, most, CHUNK: tl.constexpr, BLOCK_N: tl.constexpr
 ):
     """What the ``wanted`` largest orders reach, and how many equal to it are not wanted."""
@@ -102,7 +102,7 @@ def _take_best(  # type: ignore[no-untyped-def]
     """
     threshold, skip = tl.full([], 0, tl.uint32), wanted * 0
     if wanted < limit:
-        threshold, skip = _threshold(
+        threshold, skip = threshold_of(
             p_scores, p_candidates, total, limit, wanted, most, CHUNK, BLOCK_N
         )
     filled, seen = wanted * 0, wanted * 0

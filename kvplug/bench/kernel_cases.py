@@ -20,6 +20,7 @@ from kvplug.kernels.bound_scores import (
     mean_scores_reference,
 )
 from kvplug.kernels.hash_scores import Several, hash_scores, hash_scores_reference
+from kvplug.kernels.join_probes import ProbeVectors, join_probes, join_probes_reference
 from kvplug.kernels.last_activated import last_activated, last_activated_reference
 from kvplug.kernels.mean_query import mean_query, mean_query_reference
 from kvplug.kernels.page_statistics import (
@@ -211,11 +212,18 @@ def states_of(world: World, pages: int) -> list[torch.Tensor]:
     return [world.normal(*size), world.normal(*size).abs() + 0.1, counts]
 
 
+def carried_by(world: World, pages: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A block table of one request with as many pages in disorder, and as many windows of it."""
+    options = {"generator": world.generator, "device": world.device}
+    table = torch.randperm(pages, **options)[None].int()
+    return table, world.column([0] * pages)
+
+
 def means_of_windows(world: World) -> Case:
     """Mean queries of a prompt's windows, weighed by activation bias."""
     shape, windows = world.shape, world.query_windows()
     count = len(windows.num_tokens)
-    found = Seen(world.column(range(count)), *states_of(world, count))
+    found = Seen(*carried_by(world, count), world.column(range(count)), *states_of(world, count))
     distances = world.scratch(count, shape.heads, shape.window)
     weights = world.scratch(count, shape.kv_heads, shape.window)
     vectors = world.scratch(count, shape.kv_heads, shape.group, shape.dim)
@@ -233,15 +241,14 @@ def statistics_of_queries(world: World) -> Case:
     """The running mean and variance of a prompt's queries."""
     shape, windows = world.shape, world.query_windows()
     count = len(windows.num_tokens)
-    before = world.column(range(-1, count - 1))
+    before = *carried_by(world, count), world.column(range(-1, count - 1))
     here = world.column(range(count))
-    prefills = torch.ones(count, dtype=torch.bool, device=world.device)
-    carried = Carried(world.column([0, count]), prefills, here, here)
+    carried = Carried(world.column([1] * count), here, here)
     moments = world.scratch(count, shape.heads, 2, shape.dim)
     states = states_of(world, count)
 
     def call(function: Callable[..., None], out: Outputs) -> None:
-        function(windows, Seen(before, *out), carried, moments)
+        function(windows, Seen(*before, *out), carried, moments)
 
     return Case(
         "query_statistics", query_statistics, query_statistics_reference, call, states,
@@ -249,9 +256,33 @@ def statistics_of_queries(world: World) -> Case:
     )  # fmt: skip
 
 
+def joined_probes(world: World) -> Case:
+    """Mean queries beside those of single tokens; one window of three has the same of both."""
+    shape = world.shape
+    windows = max(min(shape.tokens, shape.chunk) // shape.window, 3)
+    rows = shape.group * (LAST + ACTIVE)
+    means = world.normal(windows, shape.kv_heads, shape.group, shape.dim)
+    queries = world.normal(windows, shape.kv_heads, rows, shape.dim, dtype=shape.dtype)
+    means[::3] = queries[::3, :, : shape.group].float()
+    counts = world.column([shape.group if s % 3 == 0 else rows for s in range(windows)])
+    parts = [
+        ProbeVectors(means, world.column([shape.group] * windows)), ProbeVectors(queries, counts)
+    ]  # fmt: skip
+    joined = world.scratch(windows, shape.kv_heads, shape.group + rows, shape.dim)
+    filled = world.scratch(3, windows, dtype=torch.int32)
+
+    def call(function: Callable[..., None], out: Outputs) -> None:
+        function(parts, *out)
+
+    return Case(
+        "join_probes", join_probes, join_probes_reference, call, [joined, filled],
+        size_of(means, queries, joined),
+    )  # fmt: skip
+
+
 INDEX_CASES: tuple[Callable[[World], Case], ...] = (
     hash_keys, hash_probes, scores_of_hashes, scores_of_prompt_hashes, statistics_of_pages,
     bounds_of_filled_pages, scores_of_bounds, scores_of_means, probes_of_windows,
-    mean_queries_of_windows, means_of_windows, statistics_of_queries,
+    mean_queries_of_windows, means_of_windows, statistics_of_queries, joined_probes,
 )  # fmt: skip
 """Kernels that choose pages."""

@@ -14,12 +14,19 @@ from typing import Any, NamedTuple
 import torch
 
 from kvplug.bench.kernel_attention_cases import ATTENTION_CASES
+from kvplug.bench.kernel_bucket_cases import BUCKET_CASES
 from kvplug.bench.kernel_cases import INDEX_CASES
 from kvplug.bench.kernel_channel_cases import CHANNEL_CASES
+from kvplug.bench.kernel_chunk_cases import CHUNK_CASES
+from kvplug.bench.kernel_density_cases import DENSITY_CASES
+from kvplug.bench.kernel_mass_cases import MASS_CASES
 from kvplug.bench.kernel_steps import check_step
 from kvplug.bench.kernel_world import Case, Outputs, Shape, World
 
-CASES = (*INDEX_CASES, *CHANNEL_CASES, *ATTENTION_CASES)
+CASES = (
+    *INDEX_CASES, *CHANNEL_CASES, *CHUNK_CASES, *MASS_CASES, *BUCKET_CASES, *DENSITY_CASES,
+    *ATTENTION_CASES,
+)  # fmt: skip
 
 
 class Finding(NamedTuple):

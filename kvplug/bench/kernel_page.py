@@ -35,11 +35,12 @@ metadata and caches made by hand in vLLM's layouts: there they select the pages 
 on CPU selects, and what they attend to agrees with float64 (`tests/attention/device/`). vLLM's \
 model runner, its compiler and its own Triton kernel were not part of that.
 
-* Policies `channels`, `quest`, `simhash`, `streaming` and `dense`, and their stages in any \
-combination; pages of 32, 64 or 128 tokens; heads of 64, 80, 96, 128 or 256; bfloat16 and \
-float16. Refused in one sentence: other stages, offload, audits, traces, speculative decoding, \
-microbatches, context parallelism, quantised caches, and requests that ask for a budget of their \
-own.
+* Policies `channels`, `quest`, `simhash`, `hcam` (with `merge` `exact`), `infllm`, `actqkv`, \
+`hax`, `streaming` and `dense`, and their stages in any combination, with any probe or several \
+and with any budget but `recall`; pages of 32, 64 or 128 tokens; heads of 64, 80, 96, 128 or 256; \
+bfloat16 and float16. Refused in one sentence: other stages, offload, audits, traces, speculative \
+decoding, microbatches, context parallelism, quantised caches, and requests that ask for a budget \
+of their own.
 * Selected pages are attended to by kvplug's own kernel, or with `attend` among the recipe's \
 options set to `flash` by vLLM's FlashAttention, or to `xformers` by xformers' Triton kernel, \
 both through a view of single heads' pages. Of FlashAttention only a stand-in was ever called; \
@@ -53,10 +54,26 @@ for decoded tokens and for windows of several, which go in pieces of 16 tokens.
 * The host cuts windows from lengths, and reads neither block tables nor slots nor scores back. \
 Windows that attend to everything are vLLM's own kernel's, beside sparse ones by themselves.
 * Keys are summarised as they are written, so contexts below `dense_below` pay for that too; the \
-bounds of `quest`, when a page's last token is.
+bounds of `quest` and the means of `hcam`, when a page's last token is.
+* Probe `activation` watches every step, dense ones too: the host says from lengths which windows \
+carry statistics from page to page, and where, in logical pages; a step of decoded tokens has \
+such windows once or twice in `window` tokens of each request. They are pooled one after the \
+other, a program a query head, for a request may begin with pages that the same step fills.
+* Budget `entropy` shares the budget of all layers by one call a step, for decoded tokens' \
+densities are known before the first layer. Counts of pages stay on the GPU. Their sum, for \
+`kvplug:pages_attended`, starts towards the host at the end of every step and is read without \
+waiting, so that metrics may lag by a step.
+* `infllm`, `actqkv` and `hax` watch every step too, for every 32nd query by its position gives \
+mass to the keys of its local region; the host knows from lengths which windows have one, and \
+most steps that decode have none. Each window's is computed by itself, and added by a program a \
+KV head, in order. Pages are settled before windows are scored: the device looks at a number of \
+every far page of every window, and settles those that it finds open.
 * The index is allocated in full: with heads of 128, pages of 32 and 16-bit caches, `channels` \
-takes 7.0% of the bytes of keys and values, `quest` 3.1%, `simhash` 1.6%. vLLM does not count it: \
-lower `--gpu-memory-utilization`.
+takes 7.0% of the bytes of keys and values, `quest` and `hcam` 3.1%, `infllm` 2.4%, `simhash` \
+1.6%. `hax` keeps means of a request's first window on any page: with 4 query heads a KV head it \
+takes 18% with pages of 32 tokens, 6.3% with pages of 128. Probe `activation` keeps its \
+statistics on any page too: with 4 query heads a KV head, 25% with pages of 32 tokens, 6.3% with \
+pages of 128. vLLM does not count it: lower `--gpu-memory-utilization`.
 * CUDA graphs of attention are declared unsupported. Kernels are compiled when they are first \
 called. Windows whose scores are not finite are not counted.
 * After a preemption vLLM's second model runner reads decoded tokens back as if they were prompt, \

@@ -9,7 +9,7 @@ from kvplug.kernels.activation import Seen, activation_means, activation_means_r
 from kvplug.kernels.distance import QueryWindows
 from kvplug.probe.activation import activation_reference
 from tests.kernels.accuracy import EPS, assert_accurate
-from tests.kernels.queries import query_windows
+from tests.kernels.queries import carried_by, query_windows
 
 SHAPES = pytest.mark.parametrize(
     ("kv_heads", "group", "dim", "dtype"),
@@ -34,7 +34,7 @@ def seen_of(heads: int, dim: int, device: str, page: list[int]) -> Seen:
     counts[1] = WARM_UP - 1
     counts[3, 0] = 0  # one head sits out
     return Seen(
-        torch.tensor(page, dtype=torch.int32, device=device),
+        *carried_by(page, 4, device),
         torch.randn(4, heads, dim).to(device),
         torch.rand(4, heads, dim).to(device) * 3,
         counts.to(device),

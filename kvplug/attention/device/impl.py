@@ -122,6 +122,8 @@ class DeviceImpl(TritonAttentionImpl):
                 output_block_scale,
             )  # fmt: skip
         tokens = attn_metadata.num_actual_tokens
+        if plan.stream is not None:
+            self.stages.watch(query[:tokens], key[:tokens], plan)
         self.stages.write(key[:tokens], plan)
         if plan.sparse is None:
             return self._stock(

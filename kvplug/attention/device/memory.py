@@ -1,8 +1,9 @@
 """What a layer remembers of its keys on a GPU: written as keys come, by slot, and scored by page.
 
 On CPU the same is summarised page by page, when a page leaves the local region. Here the host does
-not know pages, so keys are summarised as they are written, or when they fill a page; what is stored
-of a page that a window may retrieve is the same.
+not know pages, so keys are summarised as they are written, or when they fill a page, or, where
+queries have a say in it, by the device before it scores (:mod:`.local_mass`); what is stored of a
+page that a window may retrieve is the same.
 """
 
 from __future__ import annotations
@@ -12,10 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from kvplug.index.channels import Channels
-from kvplug.index.minmax import MinMax
 from kvplug.index.planes import draw_planes
-from kvplug.index.simhash import SimHash
 from kvplug.kernels.bound_scores import bound_scores
 from kvplug.kernels.channel_choice import channel_choice
 from kvplug.kernels.channel_codes import channel_codes
@@ -27,7 +25,6 @@ from kvplug.kernels.sign_hash import sign_hash, sign_hash_probes
 
 if TYPE_CHECKING:
     from kvplug.attention.device.plan import DevicePlan, SparseWindows
-    from kvplug.index.base import Index
     from kvplug.kernels.far_pages import FarPages
     from kvplug.kernels.paged_attention import PagedCache
     from kvplug.stage import LayerShape
@@ -35,6 +32,9 @@ if TYPE_CHECKING:
 
 class DeviceMemory(ABC):
     """Of one layer, by physical page and slot (design rule 1)."""
+
+    chunk_pages = 0
+    """Pages of the chunks whose ends it must know of (:attr:`DevicePlan.chunks`); 0: of none."""
 
     @property
     @abstractmethod
@@ -226,16 +226,3 @@ class BoundMemory(DeviceMemory):
 def first_pages(shape: LayerShape) -> int:
     """Pages of a context that say which channels matter, as on CPU."""
     return max(min(shape.window, shape.local) // shape.page, 1)
-
-
-def make_memory(
-    index: Index | None, shape: LayerShape, device: torch.device
-) -> DeviceMemory | None:
-    """What a layer remembers for an index; None where a recipe has none."""
-    if isinstance(index, Channels):
-        return ChannelMemory(index.bits, shape, device)
-    if isinstance(index, SimHash):
-        return SignMemory(shape, device)
-    if isinstance(index, MinMax):
-        return BoundMemory(shape, device)
-    return None

@@ -6,13 +6,20 @@ not finite are not counted; as on CPU they attend to sinks, local and the newest
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from kvplug.attention.device.memory import DeviceMemory, first_pages, make_memory
+from kvplug.attention.device.attended import FarPagesAttended
+from kvplug.attention.device.budgets import make_budget
+from kvplug.attention.device.filled import chunk_ends
+from kvplug.attention.device.memories import make_memory
+from kvplug.attention.device.memory import DeviceMemory, first_pages
 from kvplug.attention.device.plan import DevicePlan, Lengths, SparseWindows, make_plan
 from kvplug.attention.device.probes import make_probe
+from kvplug.attention.device.selects import make_select
+from kvplug.attention.device.watchers import BoundLayer, DeviceState
 from kvplug.config import KvplugConfig
 from kvplug.kernels.page_rows import Contexts, PageRows, page_rows
 from kvplug.kernels.top_pages import candidates_shape, top_pages
@@ -47,9 +54,30 @@ class DeviceLayer:
     def __init__(self, pipeline: DevicePipeline, shape: LayerShape, cache: PagedCache) -> None:
         """Allocates what the layer remembers."""
         self.pipeline, self.shape, self.cache = pipeline, shape, cache
-        self.memory: DeviceMemory | None = make_memory(
-            pipeline.stages.index, shape, cache.keys.device
-        )
+        stages = pipeline.stages
+        self.bound = BoundLayer(shape, cache.keys.device, pipeline.common)
+        self.memory: DeviceMemory | None = make_memory(stages.index, self.bound)
+        self.probe = make_probe(stages.probe, self.bound)
+        self.budget = make_budget(stages.budget, self.bound)
+        self.ranker = make_select(stages.select, self.bound)
+        """None: the best pages by score are taken."""
+        self.watchers, self.sealers = self.bound.watchers, self.bound.sealers
+
+    def watch(self, queries: torch.Tensor, keys: torch.Tensor, plan: DevicePlan) -> None:
+        """Shows a step to whatever learns from it.
+
+        Args:
+            queries: ``[T, H, D]`` of the whole step.
+            keys: ``[T, Hk, D]`` of the same tokens, which are in the cache.
+            plan: The step.
+        """
+        for watcher in self.watchers:
+            watcher.watch(queries, keys, self.cache, plan)
+
+    def nbytes(self) -> int:
+        """Bytes that it remembers in, beside what all layers share."""
+        index = 0 if self.memory is None else self.memory.nbytes()
+        return index + sum(state.nbytes() for state in self.bound.states.values())
 
     def write(self, keys: torch.Tensor, plan: DevicePlan) -> None:
         """Learns a step's new keys ``[T, Hk, D]``, which are in the cache."""
@@ -69,40 +97,54 @@ class DeviceLayer:
         # FlashAttention may look a page up behind a row's pages: it must be one.
         table = queries.new_zeros(size, dtype=torch.int32)
         rows = PageRows(table, queries.new_empty(size[:1], dtype=torch.int32))
+        for sealer in self.sealers:
+            far = windows.contexts(plan.block_table, geometry.page).far
+            sealer.seal(self.cache, far, windows.most_far)
         step = self._windows_at_a_time(windows)
         for first in range(0, len(windows), step):
             part = windows.span(first, min(first + step, len(windows)))
             mine = slice(first * heads, (first + len(part)) * heads)
             contexts = part.contexts(plan.block_table, geometry.page)
-            self._select(queries, part, contexts, PageRows(*(column[mine] for column in rows)))
+            own = PageRows(*(column[mine] for column in rows))
+            self._select(queries, part, contexts, own, plan, first)
+        if self.budget is not None:
+            self.budget.learn(plan)
+            self.pipeline.tell(self)
         return rows
 
     def _windows_at_a_time(self, windows: SparseWindows) -> int:
         """So many that their scratch stays below :data:`SCRATCH`."""
-        probe = self.pipeline.probe
-        if self.memory is None or probe is None:
+        if self.memory is None or self.probe is None:
             return len(windows)
-        probes = probe.most * self.shape.num_heads // self.shape.num_kv_heads
-        each = self.memory.scratch_bytes(probes, windows.most_far) * self.shape.num_kv_heads
-        return max(SCRATCH // each, 1)
+        probes = self.probe.most * self.shape.num_heads // self.shape.num_kv_heads
+        each = self.memory.scratch_bytes(probes, windows.most_far)
+        for stage in (self.budget, self.ranker):  # each takes as much as the scores at most
+            each += 0 if stage is None else 4 * windows.most_far
+        return max(SCRATCH // (each * self.shape.num_kv_heads), 1)
 
     def _select(
-        self, queries: torch.Tensor, windows: SparseWindows, contexts: Contexts, rows: PageRows
-    ) -> None:
-        """Probe, score, select, rows."""
-        probe, budget = self.pipeline.probe, self.pipeline.geometry.budget_pages
+        self, queries: torch.Tensor, windows: SparseWindows, contexts: Contexts, rows: PageRows,
+        plan: DevicePlan, first: int,
+    ) -> None:  # fmt: skip
+        """Probe, score, budget, select, rows."""
+        geometry = self.pipeline.geometry
         num, heads = len(windows), self.shape.num_kv_heads
         if self.memory is None:
             counts = queries.new_zeros((num, heads), dtype=torch.int32)
             page_rows(counts[:, :, None].contiguous(), counts, contexts, rows)
             return
-        assert probe is not None, "a recipe with an index has a probe"
-        vectors, counts = probe.build(queries, windows, self.shape)
+        assert self.probe is not None, "a recipe with an index has a probe"
+        vectors, counts = self.probe.build(queries, windows, contexts.far)
         scores = queries.new_empty((num, heads, windows.most_far), dtype=torch.float32)
         self.memory.score(vectors, counts, windows, contexts.far, scores)
-        chunks = candidates_shape(num, heads, windows.most_far, budget)
+        wanted: torch.Tensor | int = geometry.budget_pages
+        if self.budget is not None:
+            wanted = self.budget.count(scores, windows, first, geometry.budget_pages, plan)
+        if self.ranker is not None:
+            scores = self.ranker.rank(scores, wanted, contexts.far)
+        chunks = candidates_shape(num, heads, windows.most_far, geometry.most_pages)
         candidates = queries.new_empty(chunks, dtype=torch.int32) if chunks else None
-        top_pages(scores, budget, contexts, rows, candidates)
+        top_pages(scores, wanted, contexts, rows, candidates)
 
 
 class DevicePipeline:
@@ -120,12 +162,16 @@ class DevicePipeline:
         self.stages = make_stages(config.policy, config.options)
         self.geometry = region_sizes(config, page)
         self.num_kv_heads = num_kv_heads
-        self.probe = make_probe(self.stages.probe)
-        """None where the recipe retrieves nothing."""
+        self.common: dict[type, DeviceState] = {}
+        """What all layers share."""
+        self.watched = False
+        """Whether a layer has anything that learns from steps."""
         self.layers: list[DeviceLayer] = []
-        self.counts = SelectionCounts()
+        self._counts = SelectionCounts()
         self.first_tokens = 0
         """Of a context, that are learnt from when all are there."""
+        self.chunk_pages = 0
+        """Of chunks that are learnt from when they are complete; 0: there are none."""
         self.trace: Any = None
         """Nothing is traced on a GPU."""
 
@@ -143,6 +189,8 @@ class DevicePipeline:
         """A layer, with what it remembers."""
         layer = DeviceLayer(self, shape, cache)
         self.first_tokens = first_pages(shape) * shape.page
+        self.chunk_pages = layer.memory.chunk_pages if layer.memory is not None else 0
+        self.watched = self.watched or bool(layer.watchers)
         self.layers.append(layer)
         return layer
 
@@ -151,16 +199,41 @@ class DevicePipeline:
     ) -> DevicePlan | None:
         """Plans one step; see :func:`make_plan`. None: the recipe attends to everything."""
         if self.stages.always_dense:
-            self.counts.dense_tokens += int(lengths.query_start[-1])
+            self._counts.dense_tokens += int(lengths.query_start[-1])
             return None
-        plan = make_plan(lengths, block_table, slots, self.geometry, self.first_tokens)
+        plan = make_plan(
+            lengths, block_table, slots, self.geometry, self.first_tokens, watched=self.watched
+        )
+        if self.chunk_pages:
+            sizes = self.geometry.page, self.chunk_pages
+            plan = plan._replace(chunks=chunk_ends(lengths, *sizes, block_table.device))
         rows = self.num_kv_heads * len(self.layers)
-        self.counts.add(plan.windows, self.geometry.page, rows, varies=False)
+        self._counts.add(plan.windows, self.geometry.page, rows, varies=self.stages.budget.varies)
         return plan
+
+    @property
+    def counts(self) -> SelectionCounts:
+        """What was selected so far.
+
+        Where budgets vary, far pages are those of the last step whose count has come from the GPU.
+        """
+        counts = replace(self._counts)
+        far = self.common.get(FarPagesAttended)
+        if isinstance(far, FarPagesAttended):
+            counts.pages_attended += far.told
+        return counts
+
+    def tell(self, layer: DeviceLayer) -> None:
+        """Sends counts of far pages on their way, when the last layer has counted its own."""
+        far = self.common.get(FarPagesAttended)
+        if isinstance(far, FarPagesAttended) and layer is self.layers[-1]:
+            far.tell()
 
     def nbytes(self) -> int:
         """Bytes that memories of all layers take."""
-        return sum(layer.memory.nbytes() for layer in self.layers if layer.memory is not None)
+        return sum(state.nbytes() for state in self.common.values()) + sum(
+            layer.nbytes() for layer in self.layers
+        )
 
     def scratch_bytes(self) -> int:
         """None outlives a step: torch's allocator has what steps work in."""

@@ -2,16 +2,20 @@
 
 The host knows lengths, and never sees pages: block tables and slots stay where vLLM's model runner
 makes them, and nothing here waits for the device. Windows that attend to everything are vLLM's
-own; of the others, those of one token come first, for their attention is cut into parts.
+own; of the others, those of one token come first, for their attention is cut into parts. Where a
+recipe has something that watches, the same copy brings it all windows (:mod:`.stream`).
 """
 
 from __future__ import annotations
 
+import itertools
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
+from kvplug.attention.device.stream import HostStream, StreamWindows
+from kvplug.kernels.chunk_means import ChunkEnds
 from kvplug.kernels.far_pages import FarPages
 from kvplug.kernels.page_rows import Contexts
 from kvplug.pages import PageGeometry
@@ -36,6 +40,8 @@ class SparseWindows(NamedTuple):
     """How many have one token."""
     most_far: int
     """Far pages of the window that has most of them, at least 1."""
+    budget: int
+    """Far pages that a window selects, where the recipe's budget is fixed."""
     tokens: torch.Tensor
     """``[Ts]`` int32 places in the step of the tokens of the step's other windows."""
     query_start: torch.Tensor
@@ -52,6 +58,11 @@ class SparseWindows(NamedTuple):
     """``[S]`` int32 first far page."""
     far_end: torch.Tensor
     """``[S]`` int32 page after the last far one."""
+    before: torch.Tensor | None = None
+    """``[S]`` int32 logical page with what the request carried to the window, negative at its
+    start (:mod:`kvplug.carry`); None where nobody watches."""
+    prefills: torch.Tensor | None = None
+    """``[S]`` int32, 1 for a window of a prompt, 0 for a decoded token; None likewise."""
 
     def __len__(self) -> int:
         """S."""
@@ -59,9 +70,9 @@ class SparseWindows(NamedTuple):
 
     def span(self, first: int, last: int) -> SparseWindows:
         """Windows ``first`` to ``last``, the latter not included."""
-        columns = (column[first:last] for column in self[4:])
+        columns = (None if column is None else column[first:last] for column in self[5:])
         singles = min(max(self.singles - first, 0), last - first)
-        return SparseWindows(singles, *self[1:4], *columns)
+        return SparseWindows(singles, *self[1:5], *columns)
 
     def contexts(self, block_table: torch.Tensor, page: int) -> Contexts:
         """Where the regions of the windows' contexts lie.
@@ -108,11 +119,15 @@ class DevicePlan(NamedTuple):
     """None: every window attends to everything."""
     dense: DenseRows | None
     """None: no window does, beside sparse ones."""
+    stream: StreamWindows | None = None
+    """All windows, for what watches; None where nothing does."""
+    chunks: ChunkEnds | None = None
+    """Chunks that the step completes, for an index that has chunks."""
 
 
 def make_plan(
     lengths: Lengths, block_table: torch.Tensor, slots: torch.Tensor, geometry: PageGeometry,
-    first_tokens: int,
+    first_tokens: int, *, watched: bool = False,
 ) -> DevicePlan:  # fmt: skip
     """Plans a step.
 
@@ -122,28 +137,42 @@ def make_plan(
         slots: ``[T]`` int64 on the device, or more.
         geometry: Region sizes.
         first_tokens: Tokens at a context's start that are learnt from when all are there.
+        watched: Whether to bring the stream.
     """
     windows = cut_windows(*lengths, geometry)
-    rows, begun = _first_tokens(lengths, first_tokens)
     order = _singles_first(windows)
     singles = int((windows.num_tokens[order] == 1).sum())
     dense = np.flatnonzero(~windows.sparse)[: None if len(order) else 0].astype(np.int32)
-    on_device = _send(
-        block_table.device, rows, begun, *_tokens(windows, dense), windows.request[dense],
-        windows.context_end[dense], *_tokens(windows, order[singles:]),
-        *(column[order] for column in windows[:6]),
+    stream = _stream(lengths, geometry, order) if watched else None
+    of_tokens, of_dense, of_sparse, of_stream = _send(
+        block_table.device,
+        _first_tokens(lengths, first_tokens),
+        (*_tokens(windows, dense), windows.request[dense], windows.context_end[dense]),
+        (
+            *_tokens(windows, order[singles:]), *(column[order] for column in windows[:6]),
+            *(() if stream is None else stream.of_sparse),
+        ),
+        () if stream is None else stream.columns,
     )  # fmt: skip
     sparse = dense_rows = None
     if len(order):
         most_far = int((windows.far_end - windows.far_begin)[order].max())
-        sparse = SparseWindows(singles, max(most_far, 1), *on_device[6:])
+        sparse = SparseWindows(singles, max(most_far, 1), geometry.budget_pages, *of_sparse)
     if len(dense):
-        tokens, query_start, request, seq_lens = on_device[2:6]
+        tokens, query_start, request, seq_lens = of_dense
         longest = int(windows.num_tokens[dense].max()), int(windows.context_end[dense].max())
         dense_rows = DenseRows(tokens, request, query_start, seq_lens, *longest)
     slots = slots[: int(lengths.query_start[-1])]
-    rows_there, begun_there = on_device[:2]
-    return DevicePlan(block_table, slots, windows, rows_there, begun_there, sparse, dense_rows)
+    rows, begun = of_tokens
+    sent = None if stream is None else stream.on_device(of_stream)
+    return DevicePlan(block_table, slots, windows, rows, begun, sparse, dense_rows, sent)
+
+
+def _stream(lengths: Lengths, geometry: PageGeometry, order: Ints) -> HostStream:
+    """The step's stream, whose sparse windows in order are the sorted ``order``."""
+    windows = cut_windows(*lengths, geometry, merge=False)
+    sizes = geometry.window, geometry.page
+    return HostStream.of(windows, lengths.is_prefilling, np.argsort(order), *sizes)
 
 
 def _first_tokens(lengths: Lengths, first_tokens: int) -> tuple[Ints, Ints]:
@@ -171,10 +200,11 @@ def _singles_first(windows: Windows) -> Ints:
     return rows[np.argsort(windows.num_tokens[rows] > 1, kind="stable")]
 
 
-def _send(device: torch.device, *columns: Ints) -> tuple[torch.Tensor, ...]:
-    """Columns as int32 on the device, by one copy that nobody waits for."""
+def _send(device: torch.device, *groups: tuple[Ints, ...]) -> list[tuple[torch.Tensor, ...]]:
+    """Groups of columns as int32 on the device, by one copy that nobody waits for."""
+    columns = [column for group in groups for column in group]
     host = torch.from_numpy(np.concatenate(columns).astype(np.int32))
     if device.type == "cuda":
         host = host.pin_memory()
-    sizes = [len(column) for column in columns]
-    return host.to(device, non_blocking=True).split(sizes)
+    sent = iter(host.to(device, non_blocking=True).split([len(column) for column in columns]))
+    return [tuple(itertools.islice(sent, len(group))) for group in groups]

@@ -4,16 +4,24 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from kvplug.budget.entropy import EntropyBudget
 from kvplug.budget.fixed import FixedBudget, NoBudget
+from kvplug.budget.top_p import TopPBudget
 from kvplug.errors import KvplugError
+from kvplug.index.buckets import Buckets
 from kvplug.index.channels import Channels
+from kvplug.index.chunk_mean import ChunkMean
 from kvplug.index.minmax import MinMax
+from kvplug.index.representative import Representative
 from kvplug.index.simhash import SimHash
 from kvplug.kernels.checks import HEAD_DIMS
 from kvplug.kernels.distance import LONGEST_WINDOW
+from kvplug.probe.activation import ActivationProbe
 from kvplug.probe.last_activated import LastAndActivatedProbe
 from kvplug.probe.mean import MeanProbe
+from kvplug.probe.union import UnionProbe
 from kvplug.select.top_pages import TopPages
+from kvplug.select.union import Union
 
 if TYPE_CHECKING:
     from kvplug.config import KvplugConfig
@@ -28,27 +36,32 @@ UNTRIED = (
     "rely on them: kvplug bench kernels checks every kernel on this device."
 )
 """Logged once, where an engine starts on CUDA."""
-RECIPES = "channels, quest, simhash, streaming or dense"
+PROBES = (ActivationProbe, LastAndActivatedProbe, MeanProbe)
+"""Those that are served, and unions of them."""
+RECIPES = "channels, quest, simhash, hcam, infllm, actqkv, hax, streaming or dense"
 
 
 def check_recipe(stages: Stages) -> None:
     """Refuses a recipe with a stage that only runs on CPUs.
 
     Raises:
-        KvplugError: With the stage's name.
+        KvplugError: With the stage's name, and those of its kind that are served.
     """
-    served: tuple[tuple[Stage | None, tuple[type, ...]], ...] = (
+    probes = stages.probe.probes if isinstance(stages.probe, UnionProbe) else (stages.probe,)
+    served: tuple[tuple[Stage | None, tuple[type[Stage], ...]], ...] = (
         (stages.segment, ()),
-        (stages.index, (Channels, MinMax, SimHash)),
-        (stages.probe, (LastAndActivatedProbe, MeanProbe)),
-        (stages.budget, (FixedBudget, NoBudget)),
-        (stages.select, (TopPages,)),
+        (stages.index, (Buckets, Channels, ChunkMean, MinMax, Representative, SimHash)),
+        *((probe, PROBES) for probe in probes),
+        (stages.budget, (EntropyBudget, FixedBudget, NoBudget, TopPBudget)),
+        (stages.select, (TopPages, Union)),
     )
     for stage, kinds in served:
-        if stage is not None and not isinstance(stage, kinds):
+        if stage is not None and type(stage) not in kinds:
+            names = ", ".join(kind.name for kind in kinds)
+            choice = f"one of {names}" if kinds else f"policy {RECIPES}"
             raise KvplugError(
                 f"{stage.kind.capitalize()} {stage.name!r} runs on CPUs only: on CUDA choose "
-                f"policy {RECIPES}, with stages of theirs."
+                f"{choice}."
             )
     if stages.merge != "exact":
         raise KvplugError(f"Merge {stages.merge!r} runs on CPUs only: on CUDA use merge 'exact'.")

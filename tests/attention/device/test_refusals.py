@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,8 +11,14 @@ from vllm.exceptions import VLLMValidationError
 from vllm.platforms import current_platform
 
 from kvplug import startup
+from kvplug.attention.device.refusals import check_recipe
 from kvplug.errors import KvplugError
+from kvplug.index.simhash import SimHash
 from kvplug.patches import request_knobs
+from kvplug.policies.base import Stages
+from kvplug.probe.base import Probe
+from kvplug.probe.mean import MeanProbe
+from kvplug.probe.union import UnionProbe
 from tests.test_startup import engine
 
 
@@ -27,40 +34,63 @@ def gpu_engine(options: dict[str, Any], **changed: Any) -> Any:
     return config
 
 
-@pytest.mark.parametrize("policy", ["channels", "quest", "simhash", "streaming", "dense"])
+@pytest.mark.parametrize(
+    "policy",
+    ["channels", "quest", "simhash", "hcam", "infllm", "actqkv", "hax", "streaming", "dense"],
+)
 def test_recipes_that_are_served(policy: str) -> None:
     config = gpu_engine({"policy": policy})
     startup.adopt(config)
     assert config.cache_config.block_size == 32
 
 
-@pytest.mark.parametrize("index", ["channels", "minmax", "simhash"])
-@pytest.mark.parametrize("probe", ["last_activated", "mean"])
-def test_their_stages_go_together(index: str, probe: str) -> None:
-    config = gpu_engine({"policy": "infllm", "options": {"index": index, "probe": probe}})
+@pytest.mark.parametrize("select", ["top", "union"])
+@pytest.mark.parametrize(
+    "index", ["buckets", "channels", "chunk_mean", "minmax", "representative", "simhash"]
+)
+@pytest.mark.parametrize(
+    "probe", ["activation", "last_activated", "mean", ["activation", "last_activated"]], ids=str
+)
+def test_their_stages_go_together(index: str, probe: str, select: str) -> None:
+    options = {"index": index, "probe": probe, "select": select}
+    config = gpu_engine({"policy": "infllm", "options": options})
     startup.adopt(config)
 
 
+@pytest.mark.parametrize("budget", ["entropy", "fixed", "top_p"])
+def test_budgets_that_are_served(budget: str) -> None:
+    startup.adopt(gpu_engine({"policy": "channels", "options": {"budget": budget}}))
+
+
 @pytest.mark.parametrize(
-    ("options", "what"),
+    ("options", "what", "instead"),
     [
-        ({"policy": "hcam"}, "Index 'chunk_mean'"),
-        ({"policy": "infllm"}, "Index 'representative'"),
-        ({"policy": "emllm"}, "Segment 'surprise'"),
-        ({"policy": "hax"}, "Index 'buckets'"),
-        ({"policy": "channels", "options": {"budget": "top_p"}}, "Budget 'top_p'"),
-        ({"policy": "quest", "options": {"probe": "activation"}}, "Probe 'activation'"),
-        ({"policy": "quest", "options": {"budget": "recall"}}, "Budget 'recall'"),
-        ({"policy": "quest", "options": {"index": "simhash", "select": "union"}}, "Select 'union'"),
-        ({"policy": "channels", "options": {"probe": ["mean", "last_activated"]}}, "Probe "),
+        ({"policy": "emllm"}, "Segment 'surprise'",
+         "policy channels, quest, simhash, hcam, infllm, actqkv, hax, streaming or dense"),
+        ({"policy": "quest", "options": {"budget": "recall"}}, "Budget 'recall'",
+         "one of entropy, fixed, none, top_p."),
     ],
     ids=str,
-)
-def test_recipes_that_are_not(options: dict[str, Any], what: str) -> None:
+)  # fmt: skip
+def test_recipes_that_are_not(options: dict[str, Any], what: str, instead: str) -> None:
     with pytest.raises(KvplugError) as caught:
         startup.adopt(gpu_engine(options))
     assert str(caught.value).startswith(what)
-    assert "on CUDA choose policy channels, quest, simhash, streaming or dense" in str(caught.value)
+    assert f"on CUDA choose {instead}" in str(caught.value)
+
+
+@dataclass(frozen=True)
+class OwnProbe(MeanProbe):
+    """Of somebody's package."""
+
+    name = "own"
+
+
+@pytest.mark.parametrize("probe", [OwnProbe(), UnionProbe((MeanProbe(), OwnProbe()))], ids=str)
+def test_probes_that_are_not(probe: Probe) -> None:
+    """Alone or among others; what one of ours became elsewhere is not ours."""
+    with pytest.raises(KvplugError, match="Probe 'own' runs on CPUs only: on CUDA choose one of"):
+        check_recipe(Stages(index=SimHash(), probe=probe))
 
 
 @pytest.mark.parametrize(
@@ -68,6 +98,7 @@ def test_recipes_that_are_not(options: dict[str, Any], what: str) -> None:
     [
         ({"audit": 0.5}, {}, "option audit"),
         ({"trace": "trace.jsonl"}, {}, "option trace"),
+        ({"policy": "hcam", "options": {"merge": "coarse"}}, {}, "use merge 'exact'"),
         ({"window": 16384}, {}, "window=16384 is more than its kernels take: up to 8192"),
         ({"offload": {"tier": "host"}}, {}, "option offload"),
         ({}, {"parallel_config__use_ubatching": True}, "--ubatch-size"),

@@ -1,4 +1,4 @@
-"""One layer of the backend for CUDA over a cache made by hand, and what should come of it.
+"""Layers of the backend for CUDA over a cache made by hand, and what should come of them.
 
 A request is its content: the same name gives the same keys, values and queries at the same
 positions. Pages are dealt out at random; page 0 belongs to nobody and holds NaN.
@@ -19,11 +19,15 @@ from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from kvplug.attention.device.impl import DeviceImpl
 from kvplug.attention.device.metadata import DeviceMetadata, DeviceMetadataBuilder
+from kvplug.attention.device.plan import SparseWindows
 from kvplug.config import KvplugConfig
+from kvplug.kernels.page_rows import PageRows
 from kvplug.layer_stages import LayerStages
 from kvplug.page_reader import PageReader
+from kvplug.page_table import PageTable
 from kvplug.pipeline import Pipeline
 from kvplug.stage import LayerShape
+from kvplug.step import Step
 from kvplug.windows import Batch
 from tests.kernels.conftest import HAS_GPU
 from tests.made_up import Piece
@@ -48,6 +52,10 @@ class Shape(NamedTuple):
 SMALL = Shape()
 
 
+Selected = dict[int, list[set[int]]]
+"""Of every token of a step's sparse windows, each KV head's physical pages."""
+
+
 class Content(NamedTuple):
     """Of a request, by position."""
 
@@ -61,16 +69,20 @@ class Content(NamedTuple):
 class World:
     """A layer of the backend, its cache, and the pipeline on CPU over the same keys.
 
+    Further layers have the same keys; each one's queries are the first one's in another order.
+
     Args:
         policy: The recipe's name.
         shape: Sizes.
         layout: vLLM's name of the cache's physical order.
+        layers: How many.
         options: Beside :data:`OPTIONS`.
     """
 
     def __init__(
-        self, policy: str, shape: Shape = SMALL, layout: str = "LBHNC", **options: Any
-    ) -> None:
+        self, policy: str, shape: Shape = SMALL, layout: str = "LBHNC", layers: int = 1,
+        **options: Any,
+    ) -> None:  # fmt: skip
         self.shape = shape
         self.config = KvplugConfig.parse({"policy": policy, **OPTIONS, **options})
         self.cache = empty_cache(shape, layout)
@@ -81,22 +93,45 @@ class World:
         """Requests with the content of another."""
         self._content: dict[int, Content] = {}
         self._free = (torch.randperm(shape.num_pages - 1) + 1).tolist()
-        self.impl, self.builder = layer_of(shape, self.config)
+        self.impls, self.builder = layers_of(shape, self.config, layers)
+        self.impl = self.impls[0]
         self.geometry = geometry = LayerShape(
             num_pages=shape.num_pages, num_kv_heads=shape.kv_heads, page=shape.page,
             head_dim=shape.dim, layer=1, first_kv_head=0, seed=0,
-            num_heads=shape.kv_heads * shape.group, num_layers=1, rank=0,
+            num_heads=shape.kv_heads * shape.group, num_layers=layers, rank=0,
             window=self.config.window, local=self.config.local, scale=self.impl.scale,
             softcap=0.0, dense_below=self.config.dense_below,
         )  # fmt: skip
-        if self.impl.retrieves:
-            self.impl.bind(self.cache, geometry)
-        self.rows = torch.zeros(shape.num_pages * shape.kv_heads, shape.page * shape.dim)
+        self.rows: list[PageRows | None] = [None] * layers
+        """Of the last step's sparse windows, by layer."""
+        for rank, impl in enumerate(self.impls if self.impl.retrieves else []):
+            impl.bind(self.cache, geometry._replace(layer=1 + rank, rank=rank))
+            self._keep_rows(rank)
+        self.on_cpu_selected: list[Selected] = []
+        """As :meth:`selected`, of the step that was last asked what is expected."""
+        self.cpu_keys = torch.zeros(shape.num_pages * shape.kv_heads, shape.page * shape.dim)
         self.on_cpu = Pipeline(self.config, shape.page, shape.kv_heads)
         places = np.arange(shape.page * shape.dim, dtype=np.int32)
         places = places.reshape(shape.page, shape.dim).T.ravel().copy()
-        reader = PageReader(self.rows, places, (shape.dim, shape.page), "keys")
-        self.cpu_layer: LayerStages | None = self.on_cpu.make_layer(geometry, reader)
+        reader = PageReader(self.cpu_keys, places, (shape.dim, shape.page), "keys")
+        self.cpu_layers: list[LayerStages | None] = [
+            self.on_cpu.make_layer(geometry._replace(layer=1 + rank, rank=rank), reader)
+            for rank in range(layers)
+        ]
+        self.cpu_layer = self.cpu_layers[0]
+
+    def _keep_rows(self, rank: int) -> None:
+        """Notes what a layer selects."""
+        stages = self.impls[rank].stages
+        assert stages is not None
+        select = stages.select
+
+        def selecting(*args: Any) -> PageRows:
+            rows = select(*args)
+            self.rows[rank] = rows
+            return rows
+
+        stages.__dict__["select"] = selecting
 
     def content(self, request: int) -> Content:
         """Of a request."""
@@ -124,20 +159,52 @@ class World:
         return torch.tensor(mine)[positions // page] * page + positions % page
 
     def step(self, pieces: list[Piece]) -> torch.Tensor:
-        """Runs the layer over a step; ``[T, H, D]``."""
+        """Runs every layer over a step; the first one's ``[T, H, D]``."""
         metadata, keys, values = self.enter(pieces)
-        queries = self.new(pieces, 2)
-        output = torch.full_like(queries, torch.nan)
-        return self.impl.forward(None, queries, keys, values, self.cache, metadata, output)
+        outputs = []
+        for rank, impl in enumerate(self.impls):
+            queries = self.queries(pieces, rank)
+            output = torch.full_like(queries, torch.nan)
+            impl.forward(None, queries, keys, values, self.cache, metadata, output)
+            outputs.append(output)
+        return outputs[0]
+
+    def selected(self) -> list[Selected]:
+        """Of every layer, what the last step's sparse windows selected."""
+        plan = self.metadata.plan if self.metadata is not None else None
+        if plan is None or plan.sparse is None:
+            return [{} for _ in self.impls]
+        return [self._selected(plan.sparse, rows) for rows in self.rows]
+
+    def _selected(self, windows: SparseWindows, rows: PageRows | None) -> Selected:
+        """Of one layer."""
+        heads, page, found = self.shape.kv_heads, self.shape.page, {}
+        assert rows is not None
+        table, lengths = (column.cpu() for column in rows)
+        for s, first in enumerate(windows.token_start.tolist()):
+            pages = []
+            for row in range(s * heads, (s + 1) * heads):
+                mine = table[row, : -(-int(lengths[row]) // page)].tolist()
+                assert len(set(mine)) == len(mine)
+                pages.append(set(mine))
+            for token in range(int(windows.num_tokens[s])):
+                found[first + token] = pages
+        return found
 
     def fill(self, pieces: list[Piece], chunk: int = 10**6) -> None:
-        """Brings what is before a step into the cache and the layer's memory; nobody attends."""
+        """Brings what is before a step into the cache and the layer's memory; nobody attends.
+
+        Where something watches, the pipeline on CPU is told too.
+        """
         for piece in pieces:
             for start in range(0, piece.start, chunk):
                 part = Piece(piece.request, start, min(chunk, piece.start - start), True)
                 metadata, keys, _ = self.enter([part])
                 if self.impl.stages is not None and metadata.plan is not None:
+                    self.impl.stages.watch(self.new([part], 2), keys, metadata.plan)
                     self.impl.stages.write(keys, metadata.plan)
+                if self.on_cpu.watched:
+                    self.on_cpu_too([part])
 
     def enter(self, pieces: list[Piece]) -> tuple[DeviceMetadata, torch.Tensor, torch.Tensor]:
         """Plans a step and puts its keys and values ``[T, Hk, D]`` into the cache."""
@@ -145,7 +212,7 @@ class World:
         keys, values = self.new(pieces, 0), self.new(pieces, 1)
         slots, page = metadata.slot_mapping[: len(keys)], self.shape.page
         self.cache[slots // page, :, slots % page] = torch.cat([keys, values], -1)
-        rows, slots = self.rows.view(-1, self.shape.kv_heads, page, self.shape.dim), slots.cpu()
+        rows, slots = self.cpu_keys.view(-1, self.shape.kv_heads, page, self.shape.dim), slots.cpu()
         rows[slots // page, :, slots % page] = keys.float().cpu()
         self.metadata = metadata
         return metadata, keys, values
@@ -154,6 +221,10 @@ class World:
         """``[T, ...]`` keys, values or queries of a step."""
         parts = [self.content(p.request)[which][p.start : p.stop] for p in pieces]
         return torch.cat(parts).to(DEVICE)
+
+    def queries(self, pieces: list[Piece], rank: int) -> torch.Tensor:
+        """``[T, H, D]`` of a step in one layer."""
+        return self.new(pieces, 2).roll(rank, -1)
 
     def common(self, pieces: list[Piece]) -> CommonAttentionMetadata:
         """As vLLM's model runner has it, with a padded slot behind the last token."""
@@ -180,17 +251,8 @@ class World:
     def expected(self, pieces: list[Piece]) -> torch.Tensor:
         """``[T, H, D]`` float64 attention to what the pipeline on CPU selects for the step."""
         starts = np.cumsum([0, *(p.tokens for p in pieces)], dtype=np.int32)
-        slots = torch.cat([self.slots(p.request, p.start, p.stop) for p in pieces])
-        batch = Batch(
-            starts, np.array([p.stop for p in pieces], np.int32),
-            np.array([p.prefilling for p in pieces]), self.table(pieces).numpy(), slots.numpy(),
-        )  # fmt: skip
-        plan = self.on_cpu.plan(batch)
-        queries, keys = self.new(pieces, 2).cpu(), self.new(pieces, 0).cpu()
-        seen: dict[int, list[set[int]]] = {}
-        if plan is not None and plan.table is not None:
-            self.on_cpu.run(self.cpu_layer, queries.float(), keys.float(), plan)
-            seen = self._pages_of_tokens(plan)
+        self.on_cpu_selected = self.on_cpu_too(pieces)
+        seen = self.on_cpu_selected[0]
         outputs = []
         for row, piece in enumerate(pieces):
             for token in range(piece.tokens):
@@ -198,16 +260,36 @@ class World:
                 outputs.append(self._attend(piece, piece.start + token, mine))
         return torch.stack(outputs)
 
-    def _pages_of_tokens(self, plan: Any) -> dict[int, list[set[int]]]:
+    def on_cpu_too(self, pieces: list[Piece]) -> list[Selected]:
+        """Shows a step, whose keys are in the cache, to the pipeline on CPU; what it selects."""
+        starts = np.cumsum([0, *(p.tokens for p in pieces)], dtype=np.int32)
+        slots = torch.cat([self.slots(p.request, p.start, p.stop) for p in pieces])
+        batch = Batch(
+            starts, np.array([p.stop for p in pieces], np.int32),
+            np.array([p.prefilling for p in pieces]), self.table(pieces).numpy(), slots.numpy(),
+        )  # fmt: skip
+        plan = self.on_cpu.plan(batch)
+        found: list[Selected] = []
+        for rank, layer in enumerate(self.cpu_layers):
+            queries, keys = self.queries(pieces, rank).float().cpu(), self.new(pieces, 0).float()
+            if plan is not None:
+                self.on_cpu.run(layer, queries, keys.cpu(), plan)
+            elif layer is not None:
+                self.on_cpu.pass_by(layer, queries, keys.cpu())
+            table = None if plan is None else plan.table
+            found.append({} if table is None else self._pages_of_tokens(table.step, table))
+        return found
+
+    def _pages_of_tokens(self, step: Step, table: PageTable) -> Selected:
         """Of every token of a sparse window, the physical pages of each KV head."""
-        windows, heads = plan.step.windows, self.shape.kv_heads
+        windows, heads = step.windows, self.shape.kv_heads
         found = {}
         for s in np.flatnonzero(windows.sparse):
             pages = []
             for head in range(heads):
                 row = s * heads + head
-                filled = -(-int(plan.table.seq_lens[row]) // self.shape.page)
-                pages.append({n // heads for n in plan.table.table[row, :filled].tolist()})
+                filled = -(-int(table.seq_lens[row]) // self.shape.page)
+                pages.append({n // heads for n in table.table[row, :filled].tolist()})
             for token in range(windows.num_tokens[s]):
                 found[int(windows.token_start[s]) + token] = pages
         return found
@@ -236,31 +318,34 @@ def empty_cache(shape: Shape, layout: str) -> torch.Tensor:
     return memory.permute([order.index(axis) for axis in range(5)])[1]
 
 
-def layer_of(shape: Shape, config: KvplugConfig) -> tuple[DeviceImpl, DeviceMetadataBuilder]:
+def layers_of(
+    shape: Shape, config: KvplugConfig, count: int
+) -> tuple[list[DeviceImpl], DeviceMetadataBuilder]:
     """vLLM's classes for CUDA as vLLM makes them, from a config with no more than they read."""
     heads = shape.kv_heads * shape.group
-    impl = DeviceImpl(
-        heads, shape.dim, shape.dim**-0.5, shape.kv_heads, None, None, "auto", None, "decoder",
-    )  # fmt: skip
     model = SimpleNamespace(
         get_num_kv_heads=lambda _: shape.kv_heads, get_head_size=lambda: shape.dim,
         get_num_attention_heads=lambda _: heads, rswa_window=None,
     )  # fmt: skip
-    layer = Attention.__new__(Attention)
-    torch.nn.Module.__init__(layer)
-    layer.impl, layer.num_heads = impl, heads
+    layers: dict[str, Any] = {}
+    for number in range(count):
+        layer = Attention.__new__(Attention)
+        torch.nn.Module.__init__(layer)
+        layer.num_heads = heads
+        layer.impl = DeviceImpl(
+            heads, shape.dim, shape.dim**-0.5, shape.kv_heads, None, None, "auto", None, "decoder",
+        )  # fmt: skip
+        layers[f"layers.{1 + number}.attn"] = layer
     vllm_config: Any = SimpleNamespace(
         model_config=model, parallel_config=None,
-        compilation_config=SimpleNamespace(
-            cudagraph_mode=None, static_forward_context={"layers.1.attn": layer}
-        ),
+        compilation_config=SimpleNamespace(cudagraph_mode=None, static_forward_context=layers),
         additional_config={"kvplug": config.model_dump(exclude_none=True)},
     )  # fmt: skip
     spec: Any = SimpleNamespace(
         block_size=shape.page, num_kv_heads=shape.kv_heads, head_size=shape.dim
     )
-    builder = DeviceMetadataBuilder(spec, ["layers.1.attn"], vllm_config, DEVICE)
-    return impl, builder
+    builder = DeviceMetadataBuilder(spec, list(layers), vllm_config, DEVICE)
+    return [layer.impl for layer in layers.values()], builder
 
 
 class Stock:
