@@ -191,6 +191,19 @@ def test_two_requests_that_walk_the_same_window_in_one_step(
     assert torch.equal(of_request(world, 1), of_request(alone, 1))
 
 
+def test_windows_count_in_the_order_of_their_positions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not of the batch: one request goes on from pages that another, listed behind it, fills."""
+    world, alone = World("infllm"), World("infllm")
+    stand_in(monkeypatch, world.shape)
+    world.content_of[4] = 1
+    walk(world, 1, [96])
+    world.slots(1, 96, 128)
+    world.pages[4] = world.pages[1][:8]
+    assert agrees(world, [Piece(4, 128, 32, True), Piece(1, 96, 32, True)])
+    walk(alone, 1, [160])
+    assert torch.equal(of_request(alone, 1), of_request(world, 4))
+
+
 def test_pages_of_another_request(monkeypatch: pytest.MonkeyPatch) -> None:
     """They are open again, and have no mass but that of their new keys."""
     world, fresh = World("infllm"), World("infllm")
