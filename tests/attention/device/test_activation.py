@@ -53,15 +53,14 @@ def assert_same_statistics(world: World) -> None:
         torch.testing.assert_close(ours.cpu()[known], other[known], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("limit", [64, 128])
 @pytest.mark.parametrize(
-    ("policy", "options"),
+    ("policy", "options", "limit"),
     [
-        ("simhash", ACTIVATION),
-        ("channels", ACTIVATION),
-        ("quest", {"probe": {"name": "activation", "share": "each", "sharpness": 3.0}}),
-        ("simhash", BOTH),
-        ("quest", {"probe": ["mean", {"name": "activation", "warm_up": 3}]}),
+        ("simhash", ACTIVATION, 64),
+        ("channels", ACTIVATION, 128),
+        ("quest", {"probe": {"name": "activation", "share": "each", "sharpness": 3.0}}, 64),
+        ("simhash", BOTH, 128),
+        ("quest", {"probe": ["mean", {"name": "activation", "warm_up": 3}]}, 128),
     ],
     ids=str,
 )
