@@ -91,7 +91,7 @@ class Schedule:
     def run(self) -> dict[str, Any]:
         """Everything, to the end."""
         kept, broken = None, os.pipe()[1]  # which cannot be read by position
-        store = self.pools[0]._store if self.pools else SimpleNamespace(fd=None)
+        store = self.pools[0].store if self.pools else SimpleNamespace(fd=None)
         step = 0
         while step < self.spec["steps"] or self.engine.has_unfinished_requests():
             if step < self.spec["steps"] and len(self.running) < 8 and self.draw.random() < 0.5:
