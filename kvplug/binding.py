@@ -162,7 +162,8 @@ def warm_up(impl: Any, shape: Any) -> None:
     import torch
 
     from kvplug.attention.attend.cpu import SingleHeadCache
-    from kvplug.pipeline import Pipeline, sparse_context
+    from kvplug.pages import sparse_context
+    from kvplug.pipeline import Pipeline
 
     real = impl.pipeline
     pipeline = Pipeline(real.config, shape.page, shape.num_kv_heads)

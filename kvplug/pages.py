@@ -93,3 +93,10 @@ def single_head_view(kv_cache: torch.Tensor) -> torch.Tensor:
         )
     pages, heads, page, width = kv_cache.shape
     return kv_cache.view(pages * heads, 1, page, width)
+
+
+def sparse_context(geometry: PageGeometry) -> int:
+    """A context, in whole windows, whose last window is sparse."""
+    tokens = geometry.dense_below + geometry.local + 2 * geometry.window
+    tokens += (geometry.sink_pages + geometry.most_pages + 1) * geometry.page
+    return -(-tokens // geometry.window) * geometry.window

@@ -16,7 +16,7 @@ from kvplug.config import KvplugConfig
 from kvplug.index.sealing import Seals
 from kvplug.layer_stages import LayerStages
 from kvplug.page_table import PageTable
-from kvplug.pages import PageGeometry
+from kvplug.pages import PageGeometry, sparse_context
 from kvplug.pending import PendingSteps
 from kvplug.policies import make_stages
 from kvplug.rotary import FixedPositions, PageNumbers
@@ -394,10 +394,3 @@ def region_sizes(config: KvplugConfig, page: int) -> PageGeometry:
     budget = make_stages(config.policy, config.options).budget
     pages = budget.pages(config.budget, page), budget.most_pages(config.budget, page)
     return PageGeometry.of(config, page, *pages)
-
-
-def sparse_context(geometry: PageGeometry) -> int:
-    """A context, in whole windows, whose last window is sparse."""
-    tokens = geometry.dense_below + geometry.local + 2 * geometry.window
-    tokens += (geometry.sink_pages + geometry.most_pages + 1) * geometry.page
-    return -(-tokens // geometry.window) * geometry.window

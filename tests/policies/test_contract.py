@@ -16,7 +16,8 @@ import torch
 
 from kvplug.config import KvplugConfig
 from kvplug.layer_stages import LayerStages
-from kvplug.pipeline import Plan, sparse_context
+from kvplug.pages import sparse_context
+from kvplug.pipeline import Plan
 from kvplug.policies import POLICIES, make_stages
 from kvplug.step import Sealing
 from kvplug.workspace import Workspace
