@@ -18,7 +18,7 @@ import triton.language as tl
 from kvplug.kernels.checks import FLOATS, check, check_devices, check_head_dim, require
 from kvplug.kernels.compile_check import Variant
 from kvplug.kernels.far_pages import FarPages
-from kvplug.kernels.top_pages import CHUNK, order_of, threshold_of
+from kvplug.kernels.top_pages import CHUNK, is_wanted, order_of, threshold_of
 
 BLOCK = 4096
 """Numbers of means that a program keeps in registers while every probe passes over them."""
@@ -131,12 +131,8 @@ def _looked_kernel(  # type: ignore[no-untyped-def]
         o_e = e + tl.arange(0, BLOCK_N)
         m_e = o_e < limit
         b_order = order_of(tl.load(p_row + o_e, mask=m_e, other=0.0))
-        b_equal = (m_e & (b_order == threshold)).to(tl.int32)
-        # The oldest of those that are equal are too many.
-        m_newest = (b_equal == 1) & (seen + tl.cumsum(b_equal, 0) > skip)
-        m_looked = (b_order > threshold) | m_newest
+        m_looked, seen = is_wanted(b_order, m_e, threshold, skip, seen)
         tl.store(p_looked + i_row * num_chunks + o_e, m_looked.to(tl.uint8), mask=m_e)
-        seen += tl.sum(b_equal, 0)
 
 
 def chunk_scores(

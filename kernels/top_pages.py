@@ -92,6 +92,17 @@ def threshold_of(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def is_wanted(b_order, m_e, threshold, skip, seen):  # type: ignore[no-untyped-def]
+    """Which entries :func:`threshold_of` reaches, and how many equal to it were seen up to here.
+
+    ``seen`` is that number before these entries; the oldest ``skip`` of the equal are too many.
+    """
+    b_equal = (m_e & (b_order == threshold)).to(tl.int32)
+    m_newest = (b_equal == 1) & (seen + tl.cumsum(b_equal, 0) > skip)
+    return m_e & ((b_order > threshold) | m_newest), seen + tl.sum(b_equal, 0)
+
+
+@triton.jit
 def _take_best(  # type: ignore[no-untyped-def]
     p_scores, p_candidates, p_pages, p_out, first, total, limit, wanted, most,
     CHUNK: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -109,10 +120,7 @@ def _take_best(  # type: ignore[no-untyped-def]
     for e in range(0, total, BLOCK_N):
         o_e = e + tl.arange(0, BLOCK_N)
         b_n, b_order, m_e = _entries(p_scores, p_candidates, o_e, total, limit, wanted, most, CHUNK)
-        b_equal = (m_e & (b_order == threshold)).to(tl.int32)
-        # The oldest of those that are equal are too many.
-        m_newest = (b_equal == 1) & (seen + tl.cumsum(b_equal, 0) > skip)
-        m_take = m_e & ((b_order > threshold) | m_newest)
+        m_take, seen = is_wanted(b_order, m_e, threshold, skip, seen)
         b_take = m_take.to(tl.int32)
         o_out = filled + tl.cumsum(b_take, 0) - 1
         b_pages = first + b_n
@@ -120,7 +128,6 @@ def _take_best(  # type: ignore[no-untyped-def]
             b_pages = tl.load(p_pages + b_pages, mask=m_take)
         tl.store(p_out + o_out, b_pages, mask=m_take)
         filled += tl.sum(b_take, 0)
-        seen += tl.sum(b_equal, 0)
 
 
 @triton.jit

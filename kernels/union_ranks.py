@@ -15,7 +15,7 @@ import triton.language as tl
 from kvplug.kernels.checks import check, check_devices
 from kvplug.kernels.compile_check import Variant
 from kvplug.kernels.far_pages import FarPages
-from kvplug.kernels.top_pages import CHUNK, order_of, threshold_of
+from kvplug.kernels.top_pages import CHUNK, is_wanted, order_of, threshold_of
 
 BLOCK_N = 1024
 """Scores that a program looks at in a step; with 2,048 registers are spilled on sm_90."""
@@ -55,14 +55,10 @@ def _union_ranks_kernel(  # type: ignore[no-untyped-def]
         o_e = e + tl.arange(0, BLOCK_N)
         m_e = o_e < limit
         b_order = order_of(tl.load(p_row + o_e, mask=m_e, other=0.0))
-        b_equal = (m_e & (b_order == threshold)).to(tl.int32)
-        # The oldest of those that are equal are too many.
-        m_newest = (b_equal == 1) & (seen + tl.cumsum(b_equal, 0) > skip)
-        m_hit = (b_order > threshold) | m_newest
+        m_hit, seen = is_wanted(b_order, m_e, threshold, skip, seen)
         b_pages = tl.load(p_pages + o_e, mask=m_e, other=0).to(tl.int64)
         b_mass = tl.load(p_mass + b_pages * heads + i_h, mask=m_e, other=0.0)
         tl.store(p_ranks + i_row * num_pages + o_e, tl.where(m_hit, MOST, b_mass), mask=m_e)
-        seen += tl.sum(b_equal, 0)
 
 
 def union_ranks(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from kvplug.attention.device.send import send
 from kvplug.attention.device.watchers import DeviceState, DeviceWatcher
 from kvplug.kernels.distance import QueryWindows
 from kvplug.kernels.mean_query import mean_query
@@ -50,10 +51,7 @@ class FirstPages(DeviceState):
         self.tokens, self.begun = firsts[rows], None
         begins = np.flatnonzero(stream.windows.context_end == stream.windows.num_tokens)
         if len(begins):
-            host = torch.from_numpy(begins)
-            if firsts.device.type == "cuda":
-                host = host.pin_memory()
-            chosen = host.to(firsts.device, non_blocking=True)
+            chosen = send(begins, firsts.device)
             start, tokens, request = (
                 column.index_select(0, chosen)
                 for column in (stream.token_start, stream.num_tokens, stream.request)

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from kvplug.attention.device.plan import Lengths
+from kvplug.attention.device.send import send
 from kvplug.kernels.chunk_means import ChunkEnds
 
 
@@ -31,7 +32,5 @@ def chunk_ends(
         return None
     request = np.repeat(np.arange(len(numbers)), numbers)
     chunks = np.arange(total) + np.repeat(last - np.cumsum(numbers), numbers)
-    host = torch.from_numpy(np.stack([request, (chunks + 1) * per_chunk]).astype(np.int32))
-    if device.type == "cuda":
-        host = host.pin_memory()
-    return ChunkEnds(*host.to(device, non_blocking=True))
+    ends = np.stack([request, (chunks + 1) * per_chunk]).astype(np.int32)
+    return ChunkEnds(*send(ends, device))

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from kvplug.attention.device.send import send
 from kvplug.attention.device.watchers import DeviceSealer, DeviceState, DeviceWatcher
 from kvplug.index.local_mass import EVERY
 from kvplug.kernels.collect_mass import collect_mass, forget_mass
@@ -89,10 +90,7 @@ class SampledWindows(DeviceState):
             stream.token_start, stream.num_tokens, stream.request, stream.context_end,
             stream.far_end,
         )  # fmt: skip
-        host = torch.from_numpy(self.order)
-        if stream.request.device.type == "cuda":
-            host = host.pin_memory()
-        chosen = host.to(stream.request.device, non_blocking=True)
+        chosen = send(self.order, stream.request.device)
         self._columns = tuple(column.index_select(0, chosen) for column in columns)
 
 

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from kvplug.attention.device.send import send
 from kvplug.attention.device.stream import HostStream, StreamWindows
 from kvplug.kernels.chunk_means import ChunkEnds
 from kvplug.kernels.far_pages import FarPages
@@ -203,8 +204,6 @@ def _singles_first(windows: Windows) -> Ints:
 def _send(device: torch.device, *groups: tuple[Ints, ...]) -> list[tuple[torch.Tensor, ...]]:
     """Groups of columns as int32 on the device, by one copy that nobody waits for."""
     columns = [column for group in groups for column in group]
-    host = torch.from_numpy(np.concatenate(columns).astype(np.int32))
-    if device.type == "cuda":
-        host = host.pin_memory()
-    sent = iter(host.to(device, non_blocking=True).split([len(column) for column in columns]))
+    whole = send(np.concatenate(columns).astype(np.int32), device)
+    sent = iter(whole.split([len(column) for column in columns]))
     return [tuple(itertools.islice(sent, len(group))) for group in groups]
