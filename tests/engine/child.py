@@ -3,7 +3,8 @@
 A spec holds ``kvplug`` (options, or null for stock vLLM), ``engine`` (vLLM's engine arguments),
 ``rounds`` (lists of requests ``{"ids": [...], "max_tokens": n}``, optionally with a ``salt`` that
 keeps a request from sharing a prefix; a round is served at once, the next begins when it is done),
-and optionally ``sabotage``, the name of a patch target to undo.
+and optionally ``sabotage``, the name of a patch target to undo. Run by itself it takes the backend
+for CUDA, see ``pretended_cuda.py``.
 """
 
 from __future__ import annotations
@@ -43,9 +44,47 @@ class Recorder:
             self.selections.setdefault(name, []).append(rows)
 
 
-def main() -> None:
+class DeviceRecorder:
+    """The same of the backend for CUDA, whose rows are of physical pages, sinks and local ones too.
+
+    Far pages are filed, in ascending order.
+    """
+
+    def __init__(self) -> None:
+        self.selections: dict[str, list[list[list[int]]]] = {}
+
+    def install(self) -> None:
+        """Wraps a layer's selection."""
+        from kvplug.attention.device.pipeline import DeviceLayer
+
+        original = DeviceLayer.select
+
+        def select(layer: Any, queries: Any, plan: Any, windows: Any) -> Any:
+            rows = original(layer, queries, plan, windows)
+            self.note(layer, rows, plan, windows)
+            return rows
+
+        DeviceLayer.select = select  # type: ignore[assignment, method-assign]
+
+    def note(self, layer: Any, rows: Any, plan: Any, windows: Any) -> None:
+        """Files one layer's selections under the window's end and size."""
+        heads, page = layer.shape.num_kv_heads, layer.shape.page
+        for s in range(len(windows)):
+            end, tokens = int(windows.context_end[s]), int(windows.num_tokens[s])
+            far = range(int(windows.far_begin[s]), int(windows.far_end[s]))
+            table = plan.block_table[int(windows.request[s])].tolist()
+            logical = {table[n]: n for n in far}
+            found = []
+            for row in range(s * heads, (s + 1) * heads):
+                mine = rows.table[row, : -(-int(rows.lengths[row]) // page)].tolist()
+                found.append(sorted(logical[n] for n in mine if n in logical))
+            self.selections.setdefault(f"{end}/{tokens}", []).append(found)
+
+
+def main(recorder: Recorder | DeviceRecorder | None = None) -> None:
     """Runs the spec."""
     spec = json.loads(sys.stdin.read())
+    recorder = recorder or Recorder()
     if spec.get("sabotage"):
         from kvplug.patches import apply
 
@@ -57,7 +96,7 @@ def main() -> None:
     if spec["kvplug"] is not None:
         engine["attention_backend"] = "CUSTOM"
         engine["additional_config"] = {"kvplug": spec["kvplug"]}
-    llm = LLM(dtype="bfloat16", enforce_eager=True, **engine)
+    llm = LLM(**{"dtype": "bfloat16", "enforce_eager": True, **engine})
     scheduler = llm.llm_engine.engine_core.engine_core.scheduler
     preempted: list[str] = []
     original = scheduler._preempt_request
@@ -67,7 +106,6 @@ def main() -> None:
         return original(request, *args, **kwargs)
 
     scheduler._preempt_request = preempt
-    recorder = Recorder()
     if spec["kvplug"] is not None:
         recorder.install()
     rounds = []
@@ -105,3 +143,10 @@ def main() -> None:
             }
         )
     )
+
+
+if __name__ == "__main__":
+    from tests.engine.pretended_cuda import pretend
+
+    pretend()
+    main(DeviceRecorder())

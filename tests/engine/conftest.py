@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
+import sys
 from collections.abc import Callable
 from functools import cache
 from typing import Any
 
 import pytest
 
-from tests.engine.forked import run_main
+from tests.engine.forked import run_main, threads
 
 Run = Callable[..., dict[str, Any]]
 
@@ -41,6 +43,24 @@ def run() -> Run:
 
     def run_spec(spec: dict[str, Any], **environment: str) -> dict[str, Any]:
         return run_cached(json.dumps(spec), json.dumps(environment))
+
+    return run_spec
+
+
+@pytest.fixture(scope="session")
+def run_pretended() -> Run:
+    """``run_pretended(spec, runner)``: of the backend for CUDA; the runner is vLLM's "1" or "0"."""
+
+    def run_spec(spec: dict[str, Any], runner: str) -> dict[str, Any]:
+        mine = {"OMP_NUM_THREADS": threads(), "VLLM_LOGGING_LEVEL": "WARNING",
+                "VLLM_USE_V2_MODEL_RUNNER": runner}  # fmt: skip
+        done = subprocess.run(
+            [sys.executable, "-m", "tests.engine.child"], input=json.dumps(spec), text=True,
+            capture_output=True, env={**os.environ, **mine}, timeout=600, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-3000:]
+        result: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+        return result
 
     return run_spec
 

@@ -16,6 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
+from tests.interpreter import remember_builtins
+
 VARIABLE = "TRITON_INTERPRET"
 KERNELS = Path(__file__).resolve().parents[2] / "kernels"
 
@@ -65,5 +67,6 @@ def import_kernels() -> None:
         return
     _take("kvplug.kernels")
     with interpreted():
+        remember_builtins()
         for path in sorted(KERNELS.glob("*.py")):
             importlib.import_module(f"kvplug.kernels.{path.stem}")

@@ -32,6 +32,9 @@ class DeviceMetadata(TritonAttentionMetadata):
     dense: TritonAttentionMetadata | None = None
     """Of what attends to everything beside sparse windows."""
 
+    def learn(self, hidden: torch.Tensor, tokens: torch.Tensor, model: Any) -> None:
+        """Nothing: recipes that learn from a step's output are refused on CUDA."""
+
 
 class DeviceMetadataBuilder(TritonAttentionMetadataBuilder):
     """Plans each step; owns the pipeline that its layers share."""
