@@ -55,6 +55,10 @@ def adopt(vllm_config: Any) -> None:
             f"Option 'attend' {stages.attend!r} chooses a kernel on CUDA, and this is vLLM's CPU "
             f"platform: leave it out."
         )
+    elif stages.graphs:
+        raise KvplugError(
+            "Option 'graphs' is for CUDA graphs, and this is vLLM's CPU platform: leave it out."
+        )
     _check_combination(vllm_config, config.window)
     _check_stages(stages, vllm_config)
     _check_observing(config, stages)

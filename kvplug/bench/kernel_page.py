@@ -74,8 +74,16 @@ takes 7.0% of the bytes of keys and values, `quest` and `hcam` 3.1%, `infllm` 2.
 takes 18% with pages of 32 tokens, 6.3% with pages of 128. Probe `activation` keeps its \
 statistics on any page too: with 4 query heads a KV head, 25% with pages of 32 tokens, 6.3% with \
 pages of 128. vLLM does not count it: lower `--gpu-memory-utilization`.
-* CUDA graphs of attention are declared unsupported. Kernels are compiled when they are first \
-called. Windows whose scores are not finite are not counted.
+* CUDA graphs: with `"graphs": true` among the recipe's options, for `channels`, `quest`, \
+`simhash` and `streaming` with fixed budgets, steps of decoded tokens are declared fit for them. \
+Such a step launches 3 to 9 kernels a layer with nothing from the host among them. Every token \
+then selects pages by kvplug's kernels, also where its context attends to everything, with room \
+for the longest context. No GPU has captured one: in tests a stand-in calls the same kernels \
+again on the same memory, and what is replayed is what the pipeline on CPU selects, and to the \
+bit what the same step gives without a graph (`tests/attention/device/test_decode_plan.py`). So \
+the default is off: attention then runs between vLLM's graphs of the rest.
+* Kernels are compiled when they are first called. Windows whose scores are not finite are not \
+counted.
 * After a preemption vLLM's second model runner reads decoded tokens back as if they were prompt, \
 in windows, so such a request may get another answer than it would have got."""
 SANITIZER = """\

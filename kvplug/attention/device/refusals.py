@@ -67,6 +67,31 @@ def check_recipe(stages: Stages) -> None:
         raise KvplugError(f"Merge {stages.merge!r} runs on CPUs only: on CUDA use merge 'exact'.")
 
 
+def check_graphs(stages: Stages) -> None:
+    """Refuses CUDA graphs beside what launches other kernels from step to step.
+
+    Raises:
+        KvplugError: With the stage, or what attends.
+    """
+    captured: tuple[tuple[Stage | None, tuple[type[Stage], ...]], ...] = (
+        (stages.index, (Channels, MinMax, SimHash)),
+        (stages.probe, (LastAndActivatedProbe, MeanProbe)),
+        (stages.budget, (FixedBudget, NoBudget)),
+        (stages.select, (TopPages,)),
+    )
+    for stage, kinds in captured:
+        if stage is not None and type(stage) not in kinds:
+            names = ", ".join(kind.name for kind in kinds)
+            raise KvplugError(
+                f"Option 'graphs' does not go with {stage.kind} {stage.name!r}, whose kernels "
+                f"differ from step to step: leave it out, or choose one of {names}."
+            )
+    if stages.attend not in (None, "triton"):
+        raise KvplugError(
+            f"Option 'graphs' does not go with attend {stages.attend!r}: leave one of them out."
+        )
+
+
 def check_engine(vllm_config: Any, config: KvplugConfig, stages: Stages, page: int) -> None:
     """Refuses what the backend for CUDA does not serve.
 
@@ -80,6 +105,8 @@ def check_engine(vllm_config: Any, config: KvplugConfig, stages: Stages, page: i
         KvplugError: With the reason.
     """
     check_recipe(stages)
+    if stages.graphs:
+        check_graphs(stages)
     if page not in PAGES:
         raise KvplugError(f"--block-size on CUDA must be one of {PAGES} for kvplug, not {page}.")
     if config.window > LONGEST_WINDOW:

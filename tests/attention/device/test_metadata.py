@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from vllm.platforms.interface import DeviceCapability
-from vllm.v1.attention.backend import AttentionCGSupport
 
 from kvplug.attention.backend import backend_of
 from kvplug.attention.cpu_backend import CpuBackend
@@ -31,13 +30,6 @@ def test_the_platform_decides() -> None:
     assert backend_of(platform("cuda")) is DeviceBackend
     with pytest.raises(KvplugError, match="on CPUs and CUDA only, not on xpu"):
         backend_of(platform("xpu"))
-
-
-def test_no_graph_is_captured() -> None:
-    builder = World("streaming").builder
-    spec: Any = None
-    assert builder.get_cudagraph_support(spec, spec) == AttentionCGSupport.NEVER
-    assert not builder.supports_draft_decode_metadata_update
 
 
 def test_blocks_are_pages() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -140,6 +141,35 @@ def test_attend_is_a_choice_on_cuda_only(monkeypatch: pytest.MonkeyPatch) -> Non
         startup.adopt(gpu_engine({"options": {"attend": "flesh"}}))
     with pytest.raises(KvplugError, match="'attend' would have no effect"):
         startup.adopt(gpu_engine({"policy": "dense", "options": {"attend": "flash"}}))
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"options": {"graphs": True}}, None),
+        ({"policy": "streaming", "options": {"graphs": True}}, None),
+        ({"policy": "quest", "options": {"graphs": True, "attend": "triton"}}, None),
+        ({"policy": "actqkv", "options": {"graphs": True}}, "index 'representative'"),
+        ({"policy": "hcam", "options": {"graphs": True}}, "index 'chunk_mean'"),
+        ({"options": {"graphs": True, "probe": "activation"}}, "probe 'activation'"),
+        ({"options": {"graphs": True, "budget": "entropy"}}, "budget 'entropy'"),
+        ({"options": {"graphs": True, "attend": "flash"}}, "attend 'flash'"),
+        ({"options": {"graphs": 1}}, "'graphs' must be true or false, not 1"),
+        ({"policy": "dense", "options": {"graphs": True}}, "'graphs' would have no effect"),
+    ],
+    ids=str,
+)
+def test_graphs_go_with_what_launches_the_same_kernels(
+    options: dict[str, Any], reason: str | None
+) -> None:
+    with nullcontext() if reason is None else pytest.raises(KvplugError, match=reason):
+        startup.adopt(gpu_engine(options))
+
+
+def test_graphs_are_for_cuda_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(startup, "_is_on_cpu", lambda: True)
+    with pytest.raises(KvplugError, match="is for CUDA graphs"):
+        startup.adopt(gpu_engine({"options": {"graphs": True}}))
 
 
 def test_requests_that_ask_for_something_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -93,7 +93,7 @@ class World:
         """Requests with the content of another."""
         self._content: dict[int, Content] = {}
         self._free = (torch.randperm(shape.num_pages - 1) + 1).tolist()
-        self.impls, self.builder = layers_of(shape, self.config, layers)
+        self.impls, self.builder, self.vllm_config = layers_of(shape, self.config, layers)
         self.impl = self.impls[0]
         self.geometry = geometry = LayerShape(
             num_pages=shape.num_pages, num_kv_heads=shape.kv_heads, page=shape.page,
@@ -209,13 +209,18 @@ class World:
     def enter(self, pieces: list[Piece]) -> tuple[DeviceMetadata, torch.Tensor, torch.Tensor]:
         """Plans a step and puts its keys and values ``[T, Hk, D]`` into the cache."""
         metadata = self.builder.build(0, self.common(pieces))
+        self.metadata = metadata
+        return metadata, self.put(pieces), self.new(pieces, 1)
+
+    def put(self, pieces: list[Piece]) -> torch.Tensor:
+        """Puts a step's keys and values into the cache; the keys ``[T, Hk, D]``."""
         keys, values = self.new(pieces, 0), self.new(pieces, 1)
-        slots, page = metadata.slot_mapping[: len(keys)], self.shape.page
+        slots = torch.cat([self.slots(p.request, p.start, p.stop) for p in pieces]).to(DEVICE)
+        page = self.shape.page
         self.cache[slots // page, :, slots % page] = torch.cat([keys, values], -1)
         rows, slots = self.cpu_keys.view(-1, self.shape.kv_heads, page, self.shape.dim), slots.cpu()
         rows[slots // page, :, slots % page] = keys.float().cpu()
-        self.metadata = metadata
-        return metadata, keys, values
+        return keys
 
     def new(self, pieces: list[Piece], which: int) -> torch.Tensor:
         """``[T, ...]`` keys, values or queries of a step."""
@@ -320,12 +325,12 @@ def empty_cache(shape: Shape, layout: str) -> torch.Tensor:
 
 def layers_of(
     shape: Shape, config: KvplugConfig, count: int
-) -> tuple[list[DeviceImpl], DeviceMetadataBuilder]:
+) -> tuple[list[DeviceImpl], DeviceMetadataBuilder, Any]:
     """vLLM's classes for CUDA as vLLM makes them, from a config with no more than they read."""
     heads = shape.kv_heads * shape.group
     model = SimpleNamespace(
         get_num_kv_heads=lambda _: shape.kv_heads, get_head_size=lambda: shape.dim,
-        get_num_attention_heads=lambda _: heads, rswa_window=None,
+        get_num_attention_heads=lambda _: heads, rswa_window=None, max_model_len=LONGEST,
     )  # fmt: skip
     layers: dict[str, Any] = {}
     for number in range(count):
@@ -338,14 +343,17 @@ def layers_of(
         layers[f"layers.{1 + number}.attn"] = layer
     vllm_config: Any = SimpleNamespace(
         model_config=model, parallel_config=None,
-        compilation_config=SimpleNamespace(cudagraph_mode=None, static_forward_context=layers),
+        scheduler_config=SimpleNamespace(max_num_seqs=6),
+        compilation_config=SimpleNamespace(
+            cudagraph_mode=None, static_forward_context=layers, max_cudagraph_capture_size=None
+        ),
         additional_config={"kvplug": config.model_dump(exclude_none=True)},
     )  # fmt: skip
     spec: Any = SimpleNamespace(
         block_size=shape.page, num_kv_heads=shape.kv_heads, head_size=shape.dim
     )
     builder = DeviceMetadataBuilder(spec, list(layers), vllm_config, DEVICE)
-    return [layer.impl for layer in layers.values()], builder
+    return [layer.impl for layer in layers.values()], builder, vllm_config
 
 
 class Stock:
