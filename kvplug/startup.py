@@ -40,25 +40,13 @@ def adopt(vllm_config: Any) -> None:
     _check_model(vllm_config.model_config)
     cache = vllm_config.cache_config
     page = cache.block_size if cache.user_specified_block_size else DEFAULT_PAGE
-    if page % DEFAULT_PAGE:
-        raise KvplugError(
-            f"--block-size {page} is kvplug's page size and must be a multiple of {DEFAULT_PAGE}, "
-            f"which vLLM's CPU kernel needs."
-        )
-    config.check_page(page)
-    if not _is_on_cpu():
+    if _is_on_cpu():
+        _check_on_cpu(stages, page)
+    else:
         from kvplug.attention.device.refusals import check_engine
 
         check_engine(vllm_config, config, stages, page)
-    elif stages.attend is not None:
-        raise KvplugError(
-            f"Option 'attend' {stages.attend!r} chooses a kernel on CUDA, and this is vLLM's CPU "
-            f"platform: leave it out."
-        )
-    elif stages.graphs:
-        raise KvplugError(
-            "Option 'graphs' is for CUDA graphs, and this is vLLM's CPU platform: leave it out."
-        )
+    config.check_page(page)
     _check_combination(vllm_config, config.window)
     _check_stages(stages, vllm_config)
     _check_observing(config, stages)
@@ -79,6 +67,28 @@ def _is_on_cpu() -> bool:
     return bool(current_platform.is_cpu())
 
 
+def _check_on_cpu(stages: Stages, page: int) -> None:
+    """Refuses what vLLM's CPU platform has no kernel for.
+
+    Raises:
+        KvplugError: With the reason.
+    """
+    if page % DEFAULT_PAGE:
+        raise KvplugError(
+            f"--block-size {page} is kvplug's page size and must be a multiple of {DEFAULT_PAGE}, "
+            f"which vLLM's CPU kernel needs."
+        )
+    if stages.attend is not None:
+        raise KvplugError(
+            f"Option 'attend' {stages.attend!r} chooses a kernel on CUDA, and this is vLLM's CPU "
+            f"platform: leave it out."
+        )
+    if stages.graphs:
+        raise KvplugError(
+            "Option 'graphs' is for CUDA graphs, and this is vLLM's CPU platform: leave it out."
+        )
+
+
 def _check_model(model: Any) -> None:
     """Refuses models without an ordinary decoder KV cache.
 
@@ -89,7 +99,8 @@ def _check_model(model: Any) -> None:
         "multi-head latent attention (MLA)": model.use_mla,
         "no attention": model.is_attention_free,
         "recurrent (hybrid) layers": model.is_hybrid or model.has_inner_state,
-        "an encoder": model.is_encoder_decoder or model.runner_type != "generate",
+        "an encoder": model.is_encoder_decoder,
+        "an encoder or a pooler": model.runner_type != "generate",
         "ALiBi position biases": _has_alibi(model.hf_text_config),
     }
     for what, present in refusals.items():
@@ -141,11 +152,15 @@ def _check_combination(vllm_config: Any, window: int) -> None:
             scheduler.max_num_batched_tokens - window + 1,
             window,
         )
+    connector = None
     if vllm_config.kv_transfer_config is not None:
+        connector = f"--kv-transfer-config ({vllm_config.kv_transfer_config.kv_connector})"
+    elif vllm_config.cache_config.kv_offloading_size is not None:
+        connector = "--kv-offloading-size"  # vLLM makes a connector of it later
+    if connector is not None:
         raise KvplugError(
-            "kvplug does not serve with --kv-transfer-config "
-            f"({vllm_config.kv_transfer_config.kv_connector}): its index keeps what it knew of a "
-            "page's former content when a connector fills the page, and answers would be wrong."
+            f"kvplug does not serve with {connector}: its index keeps what it knew of a page's "
+            "former content when a connector fills the page, and answers would be wrong."
         )
     contexts = (parallel.decode_context_parallel_size, parallel.prefill_context_parallel_size)
     if max(contexts) > 1:

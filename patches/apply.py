@@ -18,8 +18,14 @@ logger = logging.getLogger("vllm.kvplug")
 _originals: dict[str, Any] = {}
 
 
-def all_patches() -> list[Patch]:
-    """Every patch, in the order of application."""
+def all_patches(device: str | None = None) -> list[Patch]:
+    """Every patch for a device, in the order of application.
+
+    Args:
+        device: vLLM's name of it; None: that of this process.
+    """
+    from vllm.platforms import current_platform
+
     from kvplug.patches import (
         aligned_chunks,
         bound_cache,
@@ -38,7 +44,8 @@ def all_patches() -> list[Patch]:
         checked_config, cpu_backend, kernel_rebinding, aligned_chunks, whole_hits, bound_cache,
         model_output, cold_cache, request_knobs, request_usage, response_usage,
     )  # fmt: skip
-    return [patch for file in files for patch in file.PATCHES]
+    places = "any", device or current_platform.device_name
+    return [patch for file in files for patch in file.PATCHES if patch.device in places]
 
 
 def vllm_version() -> str:

@@ -6,8 +6,6 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from vllm.platforms import current_platform
-
 from kvplug.patches.record import Patch
 from kvplug.startup import adopt
 
@@ -28,7 +26,7 @@ TARGETS = {
 """Targets and fingerprints by vLLM's name of the device; a build for one cannot import others."""
 
 
-def _patch(target: str, fingerprint: str) -> Patch:
+def _patch(device: str, target: str, fingerprint: str) -> Patch:
     return Patch(
         target=target,
         vllm=">=0.32,<0.33",
@@ -38,7 +36,8 @@ def _patch(target: str, fingerprint: str) -> Patch:
         remove_when="vLLM lets a plugin see the config before engines start.",
         fingerprint=fingerprint,
         wrap=_wrap,
+        device=device,
     )
 
 
-PATCHES = [_patch(*TARGETS["cuda" if current_platform.is_cuda() else "cpu"])]
+PATCHES = [_patch(device, *target) for device, target in TARGETS.items()]

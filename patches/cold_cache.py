@@ -136,6 +136,7 @@ PATCHES = [
         remove_when="A plugin can give the context that the cache is allocated in.",
         fingerprint="81dd948e771ce8a5",
         wrap=_wrap_allocation,
+        device="cpu",
     ),
     Patch(
         target="vllm.v1.worker.cpu_worker:CPUWorker.determine_available_memory",
@@ -145,6 +146,7 @@ PATCHES = [
         remove_when="A plugin can say how large the cache may be.",
         fingerprint="6307aefccd79f744",
         wrap=_wrap_memory,
+        device="cpu",
     ),
     Patch(
         target="vllm.v1.worker.gpu_model_runner:GPUModelRunner.sample_tokens",
@@ -155,5 +157,6 @@ PATCHES = [
         remove_when="An attention backend can report lost blocks.",
         fingerprint="047e6a4738dead56",
         wrap=_wrap_sampling,
+        device="cpu",
     ),
 ]

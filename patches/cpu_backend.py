@@ -47,5 +47,6 @@ PATCHES = [
         remove_when="CpuPlatform.get_attn_backend_cls honours registered backends.",
         fingerprint="b6eba62a9afd4d18",
         wrap=_wrap,
+        device="cpu",
     )
 ]

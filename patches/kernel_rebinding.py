@@ -34,5 +34,6 @@ PATCHES = [
         remove_when="_rebind_kernels skips attributes whose vars() is no dict.",
         fingerprint="68f705141997c1e3",
         wrap=_wrap,
+        device="cpu",
     )
 ]

@@ -28,6 +28,9 @@ class Patch:
     """First 16 hex digits of the SHA-256 of the target's source."""
     wrap: Callable[[Callable[..., Any]], Callable[..., Any]]
     """Makes the replacement from the original."""
+    device: str = "any"
+    """vLLM's name of the device that it is for. On others its module is not even imported: that of
+    the CPU worker replaces ``torch.cuda.Stream``, ``Tensor.pin_memory`` and more as it loads."""
 
     def owner(self) -> tuple[Any, str]:
         """The class or module that holds the target, and the target's name in it."""

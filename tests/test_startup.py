@@ -34,7 +34,9 @@ def engine(options: dict[str, Any] | None = None, **changed: Any) -> SimpleNames
         attention_config=SimpleNamespace(backend=backend()),
         additional_config={} if options is None else {"kvplug": options},
         model_config=model,
-        cache_config=SimpleNamespace(block_size=128, user_specified_block_size=False),
+        cache_config=SimpleNamespace(
+            block_size=128, user_specified_block_size=False, kv_offloading_size=None
+        ),
         scheduler_config=SimpleNamespace(
             max_num_batched_tokens=8192, long_prefill_token_threshold=0, max_num_seqs=64
         ),
@@ -140,6 +142,11 @@ def test_connectors_are_refused(name: str) -> None:
     config = engine()
     config.kv_transfer_config = SimpleNamespace(kv_connector=name)
     assert f"--kv-transfer-config ({name})" in refusal(config)
+
+
+def test_what_vllm_makes_a_connector_of_is_refused() -> None:
+    """It does so after it has shown plugins the config."""
+    assert "--kv-offloading-size" in refusal(engine(cache_config__kv_offloading_size=4.0))
 
 
 @pytest.mark.parametrize(

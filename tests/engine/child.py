@@ -89,7 +89,7 @@ def main(recorder: Recorder | DeviceRecorder | None = None) -> None:
         from kvplug.patches import apply
 
         kept = [patch for patch in apply.all_patches() if patch.target != spec["sabotage"]]
-        apply.all_patches = lambda: kept
+        apply.all_patches = lambda device=None: kept
     from vllm import LLM, SamplingParams
 
     engine = dict(spec["engine"])

@@ -33,14 +33,15 @@ def test_records_are_complete(patch: Patch) -> None:
     assert callable(patch.wrap)
 
 
-def test_targets_are_patched_once_each() -> None:
-    targets = [patch.target for patch in all_patches()]
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_targets_are_patched_once_each(device: str) -> None:
+    targets = [patch.target for patch in all_patches(device)]
     assert len(targets) == len(set(targets))
 
 
 def test_every_file_is_applied() -> None:
     """A patch that nobody applies is a rule that nobody keeps."""
-    listed = {patch.target for patch in all_patches()}
+    listed = {patch.target for device in ("cpu", "cuda") for patch in all_patches(device)}
     for name in FILES:
         module = importlib.import_module(f"kvplug.patches.{name}")
         assert module.PATCHES

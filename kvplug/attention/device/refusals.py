@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 PAGES = (32, 64, 128)
 """Tokens per page that the kernels take and kvplug's windows are made of."""
+DTYPES = ("bfloat16", "float16")
+"""Of models that are served."""
 UNTRIED = (
     "kvplug: this backend has never run on a GPU; its kernels ran in Triton's interpreter only, "
     "and were compiled for sm_80 and sm_90. Compare its answers with stock vLLM's before you "
@@ -120,7 +122,20 @@ def check_engine(vllm_config: Any, config: KvplugConfig, stages: Stages, page: i
             f"kvplug's kernels take heads of {HEAD_DIMS}; {vllm_config.model_config.model} has "
             f"heads of {dim}."
         )
+    own = str(vllm_config.model_config.dtype).removeprefix("torch.")
+    given = vllm_config.cache_config.cache_dtype
+    if given not in ("auto", own):
+        raise KvplugError(
+            f"kvplug serves caches of the model's own dtype on CUDA: use --kv-cache-dtype {own}, "
+            f"not {given}."
+        )
+    graphs = vllm_config.compilation_config.cudagraph_mode
     refusals = {
+        f"--dtype {own}": own not in DTYPES,
+        # Of the modes that capture attention, vLLM makes the others PIECEWISE by itself.
+        "cudagraph_mode FULL": graphs is not None and graphs.name == "FULL",
+        # Its kernels are compiled when they are first called.
+        "--jit-monitor-mode error": vllm_config.observability_config.jit_monitor_mode == "error",
         "kvplug option offload": config.offload is not None,
         "kvplug option audit": bool(config.audit),
         "kvplug option trace": config.trace is not None,

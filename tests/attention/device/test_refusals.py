@@ -31,7 +31,10 @@ def on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
 def gpu_engine(options: dict[str, Any], **changed: Any) -> Any:
     config = engine(options, **changed)
     config.model_config.get_head_size = lambda: 128
+    config.model_config.dtype, config.cache_config.cache_dtype = "torch.bfloat16", "auto"
     config.parallel_config.use_ubatching = False
+    config.compilation_config = SimpleNamespace(cudagraph_mode=None)
+    config.observability_config = SimpleNamespace(jit_monitor_mode="warn")
     return config
 
 
@@ -105,6 +108,10 @@ def test_probes_that_are_not(probe: Probe) -> None:
         ({}, {"parallel_config__use_ubatching": True}, "--ubatch-size"),
         ({}, {"cache_config__block_size": 256, "cache_config__user_specified_block_size": True},
          "--block-size on CUDA must be one of"),
+        ({}, {"cache_config__cache_dtype": "fp8"}, "use --kv-cache-dtype bfloat16, not fp8"),
+        ({}, {"model_config__dtype": "torch.float32"}, "--dtype float32"),
+        ({}, {"compilation_config__cudagraph_mode": SimpleNamespace(name="FULL")}, "mode FULL"),
+        ({}, {"observability_config__jit_monitor_mode": "error"}, "--jit-monitor-mode error"),
     ],
     ids=str,
 )  # fmt: skip
