@@ -18,11 +18,16 @@ from torch.utils._pytree import tree_flatten
 
 WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "lift_fresh", "repeat_interleave")
 """Operators that a capture on a GPU does not survive."""
+OWN = ("unified_attention_with_output", "unified_kv_cache_update")
+"""Operators of vLLM's that are Python: what they call is noted, not they."""
 ALLOCATING = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided")
 
 
 class PretendedGraph:
     """Stands in for ``torch.cuda.CUDAGraph``."""
+
+    replays = 0
+    """Of all graphs of this process."""
 
     def __init__(self) -> None:
         self._calls: list[Callable[[], None]] = []
@@ -57,6 +62,7 @@ class PretendedGraph:
 
     def replay(self) -> None:
         """All of it again, in order."""
+        PretendedGraph.replays += 1
         for call in self._calls:
             call()
 
@@ -76,16 +82,31 @@ class _Operators(TorchDispatchMode):
         kwargs = kwargs or {}
         name = func.overloadpacket.__name__
         assert name not in WAITING, f"{func} in a CUDA graph"
+        if name in OWN:
+            layers = import_module("vllm.model_executor.layers.attention.attention")
+            with self:
+                return getattr(layers, name)(*args, **kwargs)
         found = func(*args, **kwargs)
-        outputs = [each for each in tree_flatten(found)[0] if isinstance(each, torch.Tensor)]
-        if name in ALLOCATING or func.is_view:
+        outputs = _tensors(found)
+        memory = {_memory(each) for each in _tensors((args, kwargs))}
+        is_view = bool(outputs) and all(_memory(each) in memory for each in outputs)
+        if name in ALLOCATING or (is_view and not func._schema.is_mutable):
             return found
 
         def call() -> None:
-            again = tree_flatten(func(*args, **kwargs))[0]
-            for old, new in zip(outputs, again, strict=True):
+            for old, new in zip(outputs, _tensors(func(*args, **kwargs)), strict=True):
                 if new is not old:
                     old.copy_(new)
 
         self._graph.note(name, call)
         return found
+
+
+def _tensors(found: Any) -> list[torch.Tensor]:
+    """Those that an operator gave, or was given."""
+    return [each for each in tree_flatten(found)[0] if isinstance(each, torch.Tensor)]
+
+
+def _memory(tensor: torch.Tensor) -> int:
+    """Where it lies, or what it is a view of."""
+    return tensor.untyped_storage().data_ptr()
