@@ -82,8 +82,9 @@ for the longest context. No GPU has captured one: in tests a stand-in calls the 
 again on the same memory, and what is replayed is what the pipeline on CPU selects, and to the \
 bit what the same step gives without a graph (`tests/attention/device/test_decode_plan.py`); \
 vLLM's second model runner captures and replays such graphs of the recall model with the answers \
-of the CPU backend (`tests/engine/test_pretended_cuda.py`). So the default is off: attention then runs between vLLM's graphs of the rest (vLLM turns its \
-default, `FULL_AND_PIECEWISE`, into `PIECEWISE` and says so).
+of the CPU backend (`tests/engine/test_pretended_cuda.py`). So the default is off: attention then \
+runs between vLLM's graphs of the rest (vLLM turns its default, `FULL_AND_PIECEWISE`, into \
+`PIECEWISE` and says so).
 * Kernels are compiled when they are first called. Windows whose scores are not finite are not \
 counted.
 * After a preemption vLLM's second model runner reads decoded tokens back as if they were prompt, \
