@@ -29,6 +29,7 @@ from kvplug.attention.device.selects import make_select
 from kvplug.attention.device.send import send
 from kvplug.attention.device.watchers import BoundLayer, DeviceState
 from kvplug.config import KvplugConfig
+from kvplug.errors import KvplugError
 from kvplug.kernels.page_rows import Contexts, PageRows, page_rows
 from kvplug.kernels.top_pages import candidates_shape, top_pages
 from kvplug.pipeline import region_sizes
@@ -199,8 +200,12 @@ class DevicePipeline:
         """Gives windows another budget from the next step on, as the pipeline on CPU does.
 
         Raises:
-            KvplugError: It does not fit the page; the old one then stays.
+            KvplugError: It does not fit the page, or graphs have the old one; that then stays.
         """
+        if self.decode_plans is not None:
+            raise KvplugError(
+                "The budget cannot change beside option 'graphs': graphs keep theirs."
+            )
         config = KvplugConfig.parse({**self.config.model_dump(), "budget": tokens})
         self.geometry = region_sizes(config, self.geometry.page)
         self.config = config

@@ -10,6 +10,7 @@ from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadat
 
 from kvplug.attention.device.decode_plan import DecodePlans
 from kvplug.attention.device.plan import Lengths
+from kvplug.errors import KvplugError
 from tests.attention.device.test_impl import close
 from tests.attention.device.test_plan import lengths_of
 from tests.attention.device.world import DEVICE, DTYPE, SMALL, Selected, World, stand_in
@@ -158,6 +159,13 @@ def test_graphs_are_declared_where_they_are_asked_for() -> None:
         spec: Any = None
         assert world.builder.get_cudagraph_support(world.vllm_config, spec) == support
         assert not world.builder.supports_draft_decode_metadata_update
+
+
+def test_a_budget_that_graphs_have_stays() -> None:
+    pipeline = World("streaming", options={"graphs": True}).builder.pipeline
+    with pytest.raises(KvplugError, match="graphs keep theirs"):
+        pipeline.set_budget(64)
+    assert pipeline.config.budget == 32
 
 
 def test_captures_are_not_counted() -> None:
