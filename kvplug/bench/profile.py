@@ -63,12 +63,13 @@ def targets(layers: list[Any]) -> dict[str, list[tuple[type, str, str]]]:
     Raises:
         KvplugError: They run on a GPU, whose clocks these are not.
     """
+    from vllm.platforms import current_platform
+
     from kvplug.attention.attend.cpu import CpuAttend
-    from kvplug.attention.impl import KvplugImpl
     from kvplug.page_table import PageTable
     from kvplug.pipeline import Pipeline
 
-    if not all(isinstance(layer.impl, KvplugImpl) for layer in layers):
+    if not current_platform.is_cpu():
         raise KvplugError(
             "Stages are timed on CPUs only: on a GPU kvplug bench kernels times every kernel."
         )

@@ -203,9 +203,7 @@ class DevicePipeline:
             KvplugError: It does not fit the page, or graphs have the old one; that then stays.
         """
         if self.decode_plans is not None:
-            raise KvplugError(
-                "The budget cannot change beside option 'graphs': graphs keep theirs."
-            )
+            raise KvplugError("Beside option 'graphs' the budget stays: graphs keep theirs.")
         config = KvplugConfig.parse({**self.config.model_dump(), "budget": tokens})
         self.geometry = region_sizes(config, self.geometry.page)
         self.config = config
