@@ -38,9 +38,9 @@ model runner, its compiler and its own Triton kernel were not part of that.
 * Policies `channels`, `quest`, `simhash`, `hcam` (with `merge` `exact`), `infllm`, `actqkv`, \
 `hax`, `streaming` and `dense`, and their stages in any combination, with any probe or several \
 and with any budget but `recall`; pages of 32, 64 or 128 tokens; heads of 64, 80, 96, 128 or 256; \
-bfloat16 and float16. Refused in one sentence: other stages, offload, audits, traces, speculative \
-decoding, microbatches, context parallelism, quantised caches, and requests that ask for a budget \
-of their own.
+bfloat16 and float16. Refused in one sentence: other stages, offload to disk, audits, traces, \
+speculative decoding, microbatches, context parallelism, quantised caches, and requests that ask \
+for a budget of their own.
 * Selected pages are attended to by kvplug's own kernel, or with `attend` among the recipe's \
 options set to `flash` by vLLM's FlashAttention, or to `xformers` by xformers' Triton kernel, \
 both through a view of single heads' pages. Of FlashAttention only a stand-in was ever called; \
@@ -74,6 +74,10 @@ takes 7.0% of the bytes of keys and values, `quest` and `hcam` 3.1%, `infllm` 2.
 takes 18% with pages of 32 tokens, 6.3% with pages of 128. Probe `activation` keeps its \
 statistics on any page too: with 4 query heads a KV head, 25% with pages of 32 tokens, 6.3% with \
 pages of 128. vLLM does not count it: lower `--gpu-memory-utilization`.
+* With `offload` to tier `host` the paged cache lies in pinned memory of the host, and each layer \
+has a hot pool on the GPU, which kernels keep: they look up what rows list, take the slots that \
+were used longest ago, copy and rewrite, and the host sees none of it \
+([offload.md](offload.md#on-cuda)).
 * CUDA graphs: with `"graphs": true` among the recipe's options, for `channels`, `quest`, \
 `simhash` and `streaming` with fixed budgets, steps of decoded tokens are declared fit for them. \
 Such a step launches 3 to 9 kernels a layer with nothing from the host among them. Every token \
