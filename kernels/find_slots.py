@@ -1,7 +1,7 @@
 """Looks up the slots of what a turn's rows list, and claims what the pool lacks.
 
 The twin on CPU is ``find_rows`` of :mod:`kvplug.offload.place`. A slot that holds a listed entry is
-stamped with the turn, so that it is not taken from it. An entry that no slot holds is claimed by
+stamped, so that it is not taken in this turn. An entry that no slot holds is claimed by
 its first place in the rows: places are lowered to it one by one, which gives the same claims in
 whatever order they come.
 """
@@ -29,11 +29,11 @@ def _find_slots_kernel(  # type: ignore[no-untyped-def]
     o_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     b_entry, m_n = listed_entries(p_table, p_lengths, i_row, o_n, width, page, heads)
     b_slot = tl.load(p_slot_of + b_entry, mask=m_n, other=0)
-    clock = tl.load(p_clock)
+    now = tl.load(p_clock) + 1
     m_held = m_n & (b_slot >= 0)
     p_stamps = p_used + tl.maximum(b_slot, 0)
-    b_before = tl.atomic_max(p_stamps, tl.zeros([BLOCK_N], tl.int64) + clock, m_held, "relaxed")
-    first_uses = tl.sum((m_held & (b_before < clock)).to(tl.int64), 0)
+    b_before = tl.atomic_max(p_stamps, tl.zeros([BLOCK_N], tl.int64) + now, m_held, "relaxed")
+    first_uses = tl.sum((m_held & (b_before < now)).to(tl.int64), 0)
     if first_uses > 0:
         tl.atomic_add(p_counts + HITS, first_uses, sem="relaxed")
     m_lacking = m_n & (b_slot < 0)
@@ -68,14 +68,14 @@ def find_slots(rows: PageRows, page: int, maps: SlotMaps) -> None:
 
 def find_slots_reference(rows: PageRows, page: int, maps: SlotMaps) -> None:
     """Twin of :func:`find_slots` in plain torch."""
-    clock = int(maps.clock)
+    now = int(maps.clock) + 1
     for place, number, head in maps.entries_of(rows, page):
         slot = int(maps.slot_of[number, head])
         if slot < 0:
             maps.slot_of[number, head] = min(slot, CLAIMED.value + place)
             maps.lacking.add_(1)
-        elif maps.used[slot] < clock:
-            maps.used[slot] = clock
+        elif maps.used[slot] < now:
+            maps.used[slot] = now
             maps.counts[HITS.value] += 1
 
 

@@ -1,8 +1,9 @@
 """Which slot of a hot pool holds which page of which KV head, on the device.
 
 The twin on CPU is :mod:`kvplug.offload.lru`. An *entry* is a page of one KV head. A step's rows are
-placed in turns, each of which takes the next number of a clock: :mod:`.find_slots` looks entries up
-and stamps the slots that the turn uses, :mod:`.list_missing` lists what the pool lacks,
+placed in turns, each of which takes the next two numbers of a clock: :mod:`.keep_slots` stamps what
+later turns of the step need with the first, :mod:`.find_slots` looks entries up and stamps the
+slots that the turn uses with the second, :mod:`.list_missing` lists what the pool lacks,
 :mod:`.take_slots` finds slots for it, :mod:`.gather_pages` fills them, and :mod:`.slot_rows` writes
 the rows with slots for pages. The host reads nothing of it.
 """
@@ -34,9 +35,9 @@ class SlotMaps(NamedTuple):
     entry_in: torch.Tensor
     """``[slots]`` int32 entry in each slot, ``page * Hk + head``, or NOWHERE."""
     used: torch.Tensor
-    """``[slots]`` int64 turn of the last use; 0 for empty ones."""
+    """``[slots]`` int64 stamp of the last use; 0 for empty ones."""
     clock: torch.Tensor
-    """``[1]`` int64 turn that is placed, from 1 on."""
+    """``[1]`` int64 first stamp of the turn that is placed, from 1 on."""
     lacking: torch.Tensor
     """``[1]`` int32 places in the turn's rows whose entry has no slot."""
     counts: torch.Tensor

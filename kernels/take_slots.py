@@ -1,7 +1,7 @@
 """Takes slots for listed entries: those that were used longest ago, and never in this turn.
 
 The twin on CPU is ``take`` of :mod:`kvplug.offload.lru`, which tells uses of one turn apart too;
-here, of slots that were last used in the same turn, the last ones are taken. The age from which
+here, of slots with the same stamp, the last ones are taken. The age from which
 slots are taken is found by radix selection, a digit of 8 bits a pass, as :mod:`.top_pages` finds
 scores. Entries and slots are paired in their orders, so the same steps give the same slots.
 """
@@ -20,14 +20,14 @@ from kvplug.kernels.top_pages import is_wanted
 BLOCK = 2048
 """Slots that the program looks at in a step. Not measured: no GPU was at hand."""
 OLDEST = tl.constexpr(2**31 - 1)
-"""Turns from which on ages are alike."""
+"""Age from which on all are alike."""
 
 
 @triton.jit
-def _ages(p_used, o_slot, num_slots, clock):  # type: ignore[no-untyped-def]
-    """Turns since slots were used, uint32, and which of them may be taken."""
+def _ages(p_used, o_slot, num_slots, now):  # type: ignore[no-untyped-def]
+    """How long ago slots were used, uint32, and which of them may be taken."""
     m_slot = o_slot < num_slots
-    b_age = clock - tl.load(p_used + o_slot, mask=m_slot, other=clock)
+    b_age = now - tl.load(p_used + o_slot, mask=m_slot, other=now)
     return tl.minimum(b_age, OLDEST).to(tl.uint32), m_slot & (b_age > 0)
 
 
@@ -37,7 +37,7 @@ def _take_slots_kernel(  # type: ignore[no-untyped-def]
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """All entries and slots."""
-    missing, clock = tl.load(p_missing), tl.load(p_clock)
+    missing, now = tl.load(p_missing), tl.load(p_clock) + 1
     if missing > 0:
         o_bin = tl.arange(0, 256)
         threshold = tl.full([], 0, tl.uint32)
@@ -46,7 +46,7 @@ def _take_slots_kernel(  # type: ignore[no-untyped-def]
             shift = 24 - 8 * i
             b_counts = tl.zeros([256], dtype=tl.int32)
             for slot in range(0, num_slots, BLOCK_N):
-                b_age, m_slot = _ages(p_used, slot + tl.arange(0, BLOCK_N), num_slots, clock)
+                b_age, m_slot = _ages(p_used, slot + tl.arange(0, BLOCK_N), num_slots, now)
                 m_slot &= ((b_age ^ threshold) >> 8) >> shift == 0
                 b_digit = ((b_age >> shift) & 255).to(tl.int32)
                 b_counts += tl.histogram(b_digit, 256, mask=m_slot)
@@ -59,7 +59,7 @@ def _take_slots_kernel(  # type: ignore[no-untyped-def]
         taken, seen, evicted = missing * 0, missing * 0, missing * 0
         for slot in range(0, num_slots, BLOCK_N):
             o_slot = slot + tl.arange(0, BLOCK_N)
-            b_age, m_slot = _ages(p_used, o_slot, num_slots, clock)
+            b_age, m_slot = _ages(p_used, o_slot, num_slots, now)
             m_take, seen = is_wanted(b_age, m_slot, threshold, skip, seen)
             b_take = m_take.to(tl.int32)
             p_entry = p_entries + (taken + tl.cumsum(b_take, 0) - 1) * 3
@@ -72,10 +72,10 @@ def _take_slots_kernel(  # type: ignore[no-untyped-def]
             tl.store(p_slot_of + b_old, NOWHERE, mask=m_old)
             tl.store(p_slot_of + b_entry, o_slot, mask=m_take)
             tl.store(p_entry_in + o_slot, b_entry.to(tl.int32), mask=m_take)
-            tl.store(p_used + o_slot, tl.zeros([BLOCK_N], tl.int64) + clock, mask=m_take)
+            tl.store(p_used + o_slot, tl.zeros([BLOCK_N], tl.int64) + now, mask=m_take)
             tl.store(p_entry + 2, o_slot, mask=m_take)
         tl.store(p_counts + EVICTIONS, tl.load(p_counts + EVICTIONS) + evicted)
-    tl.store(p_clock, clock + 1)
+    tl.store(p_clock, now + 1)
 
 
 def take_slots(entries: torch.Tensor, missing: torch.Tensor, maps: SlotMaps) -> None:
@@ -101,8 +101,8 @@ def take_slots(entries: torch.Tensor, missing: torch.Tensor, maps: SlotMaps) -> 
 
 def take_slots_reference(entries: torch.Tensor, missing: torch.Tensor, maps: SlotMaps) -> None:
     """Twin of :func:`take_slots` in plain torch."""
-    heads, count = maps.slot_of.shape[1], int(missing)
-    ages = (maps.clock - maps.used).clamp(max=OLDEST.value).tolist()
+    heads, count, now = maps.slot_of.shape[1], int(missing), int(maps.clock) + 1
+    ages = (now - maps.used).clamp(max=OLDEST.value).tolist()
     assert sum(age > 0 for age in ages) >= count, "the turn needs more slots than there are"
     order = sorted(range(len(ages)), key=lambda slot: (ages[slot], slot), reverse=True)
     for i, slot in enumerate(sorted(order[:count])):
@@ -112,8 +112,8 @@ def take_slots_reference(entries: torch.Tensor, missing: torch.Tensor, maps: Slo
             maps.slot_of[old // heads, old % heads] = NOWHERE.value
             maps.counts[EVICTIONS.value] += 1
         maps.slot_of[number, head], maps.entry_in[slot] = slot, number * heads + head
-        maps.used[slot], entries[i, 2] = maps.clock[0], slot
-    maps.clock.add_(1)
+        maps.used[slot], entries[i, 2] = now, slot
+    maps.clock.fill_(now + 1)
 
 
 COMPILED = (

@@ -9,6 +9,7 @@ import torch
 
 from kvplug.bench.kernel_world import Case, Outputs, World, size_of
 from kvplug.kernels.find_slots import find_slots, find_slots_reference
+from kvplug.kernels.keep_slots import keep_slots, keep_slots_reference
 from kvplug.kernels.list_missing import list_missing, list_missing_reference
 from kvplug.kernels.page_rows import PageRows
 from kvplug.kernels.slot_maps import SlotMaps
@@ -71,6 +72,17 @@ def found_slots(world: World) -> Case:
     return Case("find_slots", find_slots, find_slots_reference, call, list(maps), moved)
 
 
+def kept_slots(world: World) -> Case:
+    """Slots of what rows list that follow."""
+    rows, maps, *_ = turn_of(world, stages=0)
+
+    def call(function: Callable[..., None], out: Outputs) -> None:
+        function(rows, world.shape.page, maps._replace(used=out[0]))
+
+    moved = 3 * size_of(rows.table)
+    return Case("keep_slots", keep_slots, keep_slots_reference, call, [maps.used], moved)
+
+
 def missing_entries(world: World) -> Case:
     """What a pool lacks of rows."""
     rows, maps, entries, missing = turn_of(world, stages=1)
@@ -125,6 +137,6 @@ def written_slots(world: World) -> Case:
 
 
 POOL_CASES: tuple[Callable[[World], Case], ...] = (
-    found_slots, missing_entries, taken_slots, rows_of_slots, written_slots,
+    found_slots, kept_slots, missing_entries, taken_slots, rows_of_slots, written_slots,
 )  # fmt: skip
 """Kernels that look after the hot pool."""

@@ -14,6 +14,7 @@ import torch
 from kvplug.errors import KvplugError
 from kvplug.kernels.find_slots import find_slots
 from kvplug.kernels.gather_pages import gather_pages
+from kvplug.kernels.keep_slots import keep_slots
 from kvplug.kernels.list_missing import list_missing
 from kvplug.kernels.page_rows import PageRows
 from kvplug.kernels.paged_attention import PagedCache
@@ -91,12 +92,13 @@ class DevicePool:
         self._told.turns[self.rank] += turns
         self._told.written[self.rank] += tokens * self._token_bytes
 
-    def place(self, rows: PageRows, most: int) -> PageRows:
+    def place(self, rows: PageRows, most: int, rest: PageRows | None = None) -> PageRows:
         """Brings in the pages of rows.
 
         Args:
             rows: Of whole windows, of physical pages.
             most: Different pages of single KV heads that they list at most; no more than slots.
+            rest: Rows that the step places later, whose pages give way last.
 
         Returns:
             Rows of slots, for :attr:`cache`; they hold until others are placed.
@@ -104,6 +106,8 @@ class DevicePool:
         entries, missing = (
             rows.table.new_empty(size) for size in ((most, 3), (1,))
         )  # fmt: skip
+        if rest is not None:
+            keep_slots(rest, self.page, self._maps)
         find_slots(rows, self.page, self._maps)
         list_missing(rows, self.page, self._maps, entries, missing)
         take_slots(entries, missing, self._maps)

@@ -49,7 +49,7 @@ def test_what_is_listed_twice_is_counted_and_claimed_once(device: str) -> None:
     for entry, first in claims.items():
         assert int(maps.slot_of[entry]) == CLAIMED.value + first
     assert int((maps.slot_of < -1).sum()) == len(claims)
-    assert sorted(maps.used.tolist()) == [0, 0, 0, 2, 2]
+    assert sorted(maps.used.tolist()) == [0, 0, 0, 4, 4]
 
 
 def test_rows_without_places(device: str) -> None:

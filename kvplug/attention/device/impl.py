@@ -161,7 +161,8 @@ class DeviceImpl(TritonAttentionImpl):
             return
         for turn in plan.turns:
             mine = PageRows(*(column[turn.rows] for column in rows))
-            slots = self.hot.place(mine, turn.most)
+            rest = PageRows(*(column[turn.rows.stop :] for column in rows))
+            slots = self.hot.place(mine, turn.most, rest if len(rest.lengths) else None)
             self.attend(query, output, self.hot.cache, turn.windows, slots)
         self.hot.tell()
 
