@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from vllm.config import VllmConfig, get_layers_from_vllm_config
 from vllm.model_executor.layers.attention import Attention
@@ -62,7 +63,8 @@ class DeviceMetadataBuilder(TritonAttentionMetadataBuilder):
         layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
         for layer in layers.values():
             layer.impl.adopt(self.pipeline)
-        self.windowed = any(layer.impl.is_windowed for layer in layers.values())
+        # Without vLLM's hybrid cache manager the layers of a group need not be alike.
+        self.windowed = all(layer.impl.is_windowed for layer in layers.values())
 
     def build(
         self,
@@ -86,10 +88,22 @@ class DeviceMetadataBuilder(TritonAttentionMetadataBuilder):
         known = Lengths(
             common.query_start_loc_cpu.numpy(), lengths.numpy(), common.is_prefilling.numpy()
         )
+        if is_dummy(known):
+            return metadata
         metadata.plan = self.pipeline.plan(known, common.block_table_tensor, common.slot_mapping)
         if metadata.plan is not None and metadata.plan.dense is not None:
             metadata.dense = dense_metadata(stock, metadata.plan.dense)
         return metadata
+
+
+def is_dummy(lengths: Lengths) -> bool:
+    """Whether a step is nobody's, made up by vLLM: to warm up, or to keep step with other engines.
+
+    It has no slots and others' pages, so nothing is learnt from it, nor is it counted. A request's
+    tokens are its prompt's or have something before them; those of such a step neither.
+    """
+    counts = np.diff(lengths.query_start)
+    return not lengths.is_prefilling.any() and bool((lengths.seq_lens == counts).all())
 
 
 def dense_metadata(stock: TritonAttentionMetadata, rows: DenseRows) -> TritonAttentionMetadata:
