@@ -114,6 +114,27 @@ def test_the_same_request_gets_the_same_answer(
     assert all(map(torch.equal, in_turns, together))
 
 
+@pytest.mark.parametrize("policy", ["channels", "hax", "streaming"])
+def test_rows_of_padding(policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A captured graph between attention calls runs for more tokens than there are."""
+    shape = SHAPES["g2"]
+    stand_in(monkeypatch, shape)
+    for pieces in (MIXED, [MIXED[0], MIXED[4]], [MIXED[2]]):
+        plain, padded = World(policy, shape), World(policy, shape)
+        for world in (plain, padded):
+            world.fill(pieces)
+        found = plain.step(pieces)
+        metadata, *new = padded.enter(pieces)
+        queries, keys, values = (
+            torch.cat([part, part.new_full((3, *part.shape[1:]), torch.nan)])
+            for part in (padded.queries(pieces, 0), *new)
+        )
+        output = torch.full_like(queries, 7)
+        padded.impl.forward(None, queries, keys, values, padded.cache, metadata, output)
+        assert torch.equal(output[:-3], found)
+        assert (output[-3:] == 7).all()
+
+
 def test_a_profiling_run_and_dense_layers_are_vllms_own(monkeypatch: pytest.MonkeyPatch) -> None:
     shape = SHAPES["g2"]
     stock = stand_in(monkeypatch, shape)

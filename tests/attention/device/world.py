@@ -6,6 +6,7 @@ positions. Pages are dealt out at random; page 0 belongs to nobody and holds NaN
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -324,9 +325,12 @@ def empty_cache(shape: Shape, layout: str) -> torch.Tensor:
 
 
 def layers_of(
-    shape: Shape, config: KvplugConfig, count: int
+    shape: Shape, config: KvplugConfig, count: int, sliding: Sequence[int | None] = ()
 ) -> tuple[list[DeviceImpl], DeviceMetadataBuilder, Any]:
-    """vLLM's classes for CUDA as vLLM makes them, from a config with no more than they read."""
+    """vLLM's classes for CUDA as vLLM makes them, from a config with no more than they read.
+
+    The first layers have the model's sliding windows, if any are given.
+    """
     heads = shape.kv_heads * shape.group
     model = SimpleNamespace(
         get_num_kv_heads=lambda _: shape.kv_heads, get_head_size=lambda: shape.dim,
@@ -338,7 +342,8 @@ def layers_of(
         torch.nn.Module.__init__(layer)
         layer.num_heads = heads
         layer.impl = DeviceImpl(
-            heads, shape.dim, shape.dim**-0.5, shape.kv_heads, None, None, "auto", None, "decoder",
+            heads, shape.dim, shape.dim**-0.5, shape.kv_heads, None,
+            sliding[number] if number < len(sliding) else None, "auto", None, "decoder",
         )  # fmt: skip
         layers[f"layers.{1 + number}.attn"] = layer
     vllm_config: Any = SimpleNamespace(
