@@ -27,6 +27,7 @@ from kvplug.attention.device.plan import (
 from kvplug.attention.device.probes import make_probe
 from kvplug.attention.device.selects import make_select
 from kvplug.attention.device.send import send
+from kvplug.attention.device.turns import Pool, Turn, decode_turns, turns_of
 from kvplug.attention.device.watchers import BoundLayer, DeviceState
 from kvplug.config import KvplugConfig
 from kvplug.errors import KvplugError
@@ -38,6 +39,7 @@ from kvplug.selection_counts import SelectionCounts
 
 if TYPE_CHECKING:
     from kvplug.kernels.paged_attention import PagedCache
+    from kvplug.offload.device_pool import DevicePool
     from kvplug.pages import PageGeometry
     from kvplug.stage import LayerShape
 
@@ -109,7 +111,7 @@ class DeviceLayer:
         """
         heads, pipeline = self.shape.num_kv_heads, self.pipeline
         geometry = pipeline.geometry
-        size = len(windows) * heads, row_width(geometry, dense=pipeline.decode_plans is not None)
+        size = len(windows) * heads, pipeline.row_width
         # Others' kernels may look a page up behind a row's pages: it must be one.
         ours = pipeline.stages.attend in (None, "triton")
         table = (queries.new_empty if ours else queries.new_zeros)(size, dtype=torch.int32)
@@ -193,6 +195,8 @@ class DevicePipeline:
         """Of a context, that are learnt from when all are there."""
         self.chunk_pages = 0
         """Of chunks that are learnt from when they are complete; 0: there are none."""
+        self.pools: list[DevicePool] = []
+        """Every layer's, or none."""
         self.trace: Any = None
         """Nothing is traced on a GPU."""
 
@@ -200,13 +204,27 @@ class DevicePipeline:
         """Gives windows another budget from the next step on, as the pipeline on CPU does.
 
         Raises:
-            KvplugError: It does not fit the page, or graphs have the old one; that then stays.
+            KvplugError: It does not fit the page or the hot pool, or graphs have the old one; that
+                then stays.
         """
         if self.decode_plans is not None:
             raise KvplugError("Beside option 'graphs' the budget stays: graphs keep theirs.")
         config = KvplugConfig.parse({**self.config.model_dump(), "budget": tokens})
-        self.geometry = region_sizes(config, self.geometry.page)
-        self.config = config
+        geometry = region_sizes(config, self.geometry.page)
+        needed = row_width(geometry) * self.num_kv_heads
+        for pool in self.pools:
+            if needed > len(pool.pages):
+                raise KvplugError(
+                    f"A budget of {tokens} needs {needed} pages of KV heads in a layer's hot pool, "
+                    f"which has {len(pool.pages)}: ask for less, or raise kvplug option "
+                    f"offload.hot_gib."
+                )
+        self.config, self.geometry = config, geometry
+
+    @property
+    def row_width(self) -> int:
+        """See :func:`row_width`; where graphs are asked for, all decoded tokens have rows."""
+        return row_width(self.geometry, dense=self.decode_plans is not None)
 
     def make_layer(self, shape: LayerShape, cache: PagedCache) -> DeviceLayer:
         """A layer, with what it remembers."""
@@ -233,7 +251,8 @@ class DevicePipeline:
             self._counts.dense_tokens += int(lengths.query_start[-1])
             return None
         self._learn_begun()
-        if self.decode_plans is not None and self.decode_plans.serves(lengths):
+        is_fixed = self.decode_plans is not None and self.decode_plans.serves(lengths)
+        if self.decode_plans is not None and is_fixed:
             known = self.geometry, self.first_tokens
             plan = self.decode_plans.plan(lengths, block_table, slots, *known)
             self._note_begun(lengths, block_table)
@@ -244,10 +263,23 @@ class DevicePipeline:
         if self.chunk_pages:
             sizes = self.geometry.page, self.chunk_pages
             plan = plan._replace(chunks=chunk_ends(lengths, *sizes, block_table.device))
+        if self.pools and plan.sparse is not None:
+            plan = plan._replace(turns=self._turns(plan, plan.sparse, is_fixed=is_fixed))
         if counted:
             rows, varies = self.num_kv_heads * len(self.layers), self.stages.budget.varies
             self._counts.add(plan.windows, self.geometry.page, rows, varies=varies)
+            for pool in self.pools:
+                pool.count(int(lengths.query_start[-1]), len(plan.turns))
         return plan
+
+    def _turns(self, plan: DevicePlan, sparse: SparseWindows, *, is_fixed: bool) -> list[Turn]:
+        """Turns of a step; fixed ones are those of a graph."""
+        slots, page = min(len(pool.pages) for pool in self.pools), self.geometry.page
+        pool = Pool(self.row_width, self.num_kv_heads, slots)
+        if is_fixed:
+            assert self.decode_plans is not None
+            return decode_turns(sparse, -(-self.decode_plans.longest // page), pool)
+        return turns_of(plan, page, pool)
 
     def _note_begun(self, lengths: Lengths, block_table: torch.Tensor) -> None:
         """Keeps the first pages of the contexts that begin, until the step has filled them."""

@@ -9,7 +9,8 @@ recipe has something that watches, the same copy brings it all windows (:mod:`.s
 from __future__ import annotations
 
 import itertools
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -21,6 +22,9 @@ from kvplug.kernels.far_pages import FarPages
 from kvplug.kernels.page_rows import Contexts
 from kvplug.pages import PageGeometry
 from kvplug.windows import Flags, Ints, Windows, cut_windows
+
+if TYPE_CHECKING:
+    from kvplug.attention.device.turns import Turn
 
 
 class Lengths(NamedTuple):
@@ -124,6 +128,8 @@ class DevicePlan(NamedTuple):
     """All windows, for what watches; None where nothing does."""
     chunks: ChunkEnds | None = None
     """Chunks that the step completes, for an index that has chunks."""
+    turns: Sequence[Turn] = ()
+    """Sparse windows that are attended together, where there is a hot pool."""
 
 
 def make_plan(
@@ -141,7 +147,7 @@ def make_plan(
         watched: Whether to bring the stream.
     """
     windows = cut_windows(*lengths, geometry)
-    order = _singles_first(windows)
+    order = singles_first(windows)
     singles = int((windows.num_tokens[order] == 1).sum())
     dense = np.flatnonzero(~windows.sparse)[: None if len(order) else 0].astype(np.int32)
     stream = _stream(lengths, geometry, order) if watched else None
@@ -211,7 +217,7 @@ def _tokens(windows: Windows, rows: Ints) -> tuple[Ints, Ints]:
     return np.arange(starts[-1], dtype=np.int32) + shift, starts
 
 
-def _singles_first(windows: Windows) -> Ints:
+def singles_first(windows: Windows) -> Ints:
     """Numbers of the sparse windows, in order but for those of one token, which come first."""
     rows = np.flatnonzero(windows.sparse).astype(np.int32)
     return rows[np.argsort(windows.num_tokens[rows] > 1, kind="stable")]

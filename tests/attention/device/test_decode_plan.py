@@ -41,14 +41,14 @@ class Captured:
         heads = shape.kv_heads * shape.group
         self.queries = torch.zeros(ROWS, heads, shape.dim, dtype=DTYPE, device=DEVICE)
         self.keys = torch.zeros(ROWS, shape.kv_heads, shape.dim, dtype=DTYPE, device=DEVICE)
-        self.output = torch.zeros_like(self.queries)
+        self.values, self.output = torch.zeros_like(self.keys), torch.zeros_like(self.queries)
         self.table = torch.zeros(ROWS, WIDTH, dtype=torch.int32, device=DEVICE)
         self.slots = torch.full((ROWS,), -1, device=DEVICE)
         self.graph = PretendedGraph()
         metadata = world.builder.build_for_cudagraph_capture(self.common([1] * ROWS, ROWS))
         with self.graph.capture():
             world.impl.forward(
-                None, self.queries, self.keys, self.keys, world.cache, metadata, self.output
+                None, self.queries, self.keys, self.values, world.cache, metadata, self.output
             )
         self.rows = world.rows[0]
         """That the graph writes."""
@@ -70,6 +70,7 @@ class Captured:
         world, count = self.world, len(pieces)
         keys = world.put(pieces)
         self.queries[:count], self.keys[:count] = world.queries(pieces, 0), keys
+        self.values[:count] = world.new(pieces, 1)
         slots = [world.slots(piece.request, piece.start, piece.stop) for piece in pieces]
         self.slots.fill_(-1)[:count] = torch.cat(slots)
         table = world.table(pieces)
