@@ -17,8 +17,9 @@ from vllm.v1.attention.backends import fa_utils
 from kvplug.attention.attend.flash import FlashAttend, vllm_function
 from kvplug.attention.attend.triton import cache_of
 from kvplug.errors import KvplugError
+from tests.attention.device.stock import stand_in
 from tests.attention.device.test_impl import MIXED, SHAPES
-from tests.attention.device.world import World, stand_in
+from tests.attention.device.world import World
 from tests.made_up import Piece
 
 CALLS: list[int] = []
