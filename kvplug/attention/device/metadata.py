@@ -74,7 +74,8 @@ class DeviceMetadataBuilder(TritonAttentionMetadataBuilder):
         layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
         for layer in layers.values():
             layer.impl.adopt(self.pipeline)
-        self.windowed = any(layer.impl.is_windowed for layer in layers.values())
+        # Without vLLM's hybrid cache manager the layers of a group need not be alike.
+        self.windowed = all(layer.impl.is_windowed for layer in layers.values())
 
     def build_for_cudagraph_capture(
         self, common_attn_metadata: CommonAttentionMetadata
@@ -85,7 +86,7 @@ class DeviceMetadataBuilder(TritonAttentionMetadataBuilder):
             "is_prefilling": torch.zeros(common.num_reqs, dtype=torch.bool),
             "seq_lens_cpu_upper_bound": torch.ones(common.num_reqs, dtype=torch.int32),
         }
-        metadata = self._build(0, replace(common, **made_up), counted=False)
+        metadata = self._build(0, replace(common, **made_up), captured=True)
         metadata.seq_lens.fill_(1)  # as vLLM does for its own kernel: captures would take long
         return metadata
 
@@ -104,7 +105,7 @@ class DeviceMetadataBuilder(TritonAttentionMetadataBuilder):
 
     def _build(
         self, prefix: int, common: CommonAttentionMetadata, fast: bool = False, *,
-        counted: bool = True,
+        captured: bool = False,
     ) -> DeviceMetadata:  # fmt: skip
         """See :meth:`build`."""
         stock = super().build(prefix, common, fast)
@@ -118,7 +119,9 @@ class DeviceMetadataBuilder(TritonAttentionMetadataBuilder):
         prefilling[: len(common.is_prefilling)] = common.is_prefilling.numpy()
         known = Lengths(common.query_start_loc_cpu.numpy(), lengths.numpy(), prefilling)
         where = common.block_table_tensor, common.slot_mapping
-        metadata.plan = self.pipeline.plan(known, *where, counted=counted)
+        if is_dummy(known) and not captured:
+            return metadata
+        metadata.plan = self.pipeline.plan(known, *where, counted=not captured)
         if metadata.plan is not None and metadata.plan.dense is not None:
             metadata.dense = dense_metadata(stock, metadata.plan.dense)
         return metadata
@@ -129,6 +132,16 @@ def _decode_plans(vllm_config: VllmConfig, device: torch.device) -> DecodePlans:
     captured = vllm_config.compilation_config.max_cudagraph_capture_size or 0
     requests = max(vllm_config.scheduler_config.max_num_seqs, captured)
     return DecodePlans(requests, vllm_config.model_config.max_model_len, device)
+
+
+def is_dummy(lengths: Lengths) -> bool:
+    """Whether a step is nobody's, made up by vLLM: to warm up, or to keep step with other engines.
+
+    It has no slots and others' pages, so nothing is learnt from it, nor is it counted. A request's
+    tokens are its prompt's or have something before them; those of such a step neither.
+    """
+    counts = np.diff(lengths.query_start)
+    return not lengths.is_prefilling.any() and bool((lengths.seq_lens == counts).all())
 
 
 def dense_metadata(stock: TritonAttentionMetadata, rows: DenseRows) -> TritonAttentionMetadata:

@@ -11,9 +11,10 @@ from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadat
 from kvplug.attention.device.decode_plan import DecodePlans
 from kvplug.attention.device.plan import Lengths
 from kvplug.errors import KvplugError
+from tests.attention.device.stock import stand_in
 from tests.attention.device.test_impl import close
 from tests.attention.device.test_plan import lengths_of
-from tests.attention.device.world import DEVICE, DTYPE, SMALL, Selected, World, stand_in
+from tests.attention.device.world import DEVICE, DTYPE, SMALL, Selected, World
 from tests.made_up import Piece
 from tests.pretended_graph import PretendedGraph
 

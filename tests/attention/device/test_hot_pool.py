@@ -19,9 +19,10 @@ from kvplug.offload.pools import Pools
 from kvplug.offload.told_counts import ToldCounts
 from tests.attention.device.pooled import PooledWorld
 from tests.attention.device.schedule import schedule
+from tests.attention.device.stock import stand_in
 from tests.attention.device.test_flash import stand_in_for_flash
 from tests.attention.device.test_impl import FEWER, MIXED, SHAPES
-from tests.attention.device.world import SMALL, World, stand_in
+from tests.attention.device.world import SMALL, World
 from tests.made_up import Piece
 
 LEAST = 8 * SMALL.kv_heads

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from tests.attention.device.pooled import PooledWorld
+from tests.attention.device.stock import stand_in
 from tests.attention.device.test_decode_plan import ROWS, Captured, decoded
-from tests.attention.device.world import SMALL, World, stand_in
+from tests.attention.device.world import SMALL, World
 from tests.made_up import Piece
 
 LEAST = 8 * SMALL.kv_heads

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.attention.device.world import SMALL, Shape, World, stand_in
+from tests.attention.device.stock import stand_in
+from tests.attention.device.world import SMALL, Shape, World
 from tests.made_up import Piece
 
 SHAPES = {
@@ -112,6 +113,27 @@ def test_the_same_request_gets_the_same_answer(
     monkeypatch.setattr("kvplug.attention.device.pipeline.SCRATCH", 1)
     in_turns = world.step(pieces).split([piece.tokens for piece in pieces])
     assert all(map(torch.equal, in_turns, together))
+
+
+@pytest.mark.parametrize("policy", ["channels", "hax", "streaming"])
+def test_rows_of_padding(policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A captured graph between attention calls runs for more tokens than there are."""
+    shape = SHAPES["g2"]
+    stand_in(monkeypatch, shape)
+    for pieces in (MIXED, [MIXED[0], MIXED[4]], [MIXED[2]]):
+        plain, padded = World(policy, shape), World(policy, shape)
+        for world in (plain, padded):
+            world.fill(pieces)
+        found = plain.step(pieces)
+        metadata, *new = padded.enter(pieces)
+        queries, keys, values = (
+            torch.cat([part, part.new_full((3, *part.shape[1:]), torch.nan)])
+            for part in (padded.queries(pieces, 0), *new)
+        )
+        output = torch.full_like(queries, 7)
+        padded.impl.forward(None, queries, keys, values, padded.cache, metadata, output)
+        assert torch.equal(output[:-3], found)
+        assert (output[-3:] == 7).all()
 
 
 def test_a_profiling_run_and_dense_layers_are_vllms_own(monkeypatch: pytest.MonkeyPatch) -> None:

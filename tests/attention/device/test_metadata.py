@@ -15,7 +15,7 @@ from kvplug.attention.cpu_backend import CpuBackend
 from kvplug.attention.device.backend import DeviceBackend
 from kvplug.attention.device.impl import DeviceImpl
 from kvplug.errors import KvplugError
-from tests.attention.device.world import World
+from tests.attention.device.world import World, layers_of
 from tests.made_up import Piece
 
 
@@ -75,6 +75,25 @@ def test_a_runner_that_does_not_say_enough_is_refused(missing: dict[str, Any]) -
 
 
 @pytest.mark.parametrize(
+    ("pieces", "made_up"),
+    [
+        ([Piece(0, 0, 40, False), Piece(1, 0, 1, False)], True),
+        ([Piece(0, 0, 40, True), Piece(1, 0, 1, False)], False),
+        ([Piece(0, 0, 1, True)], False),
+        ([Piece(0, 1, 1, False)], False),
+    ],
+    ids=["of vLLM", "a prompt beside it", "a prompt of one token", "its second token"],
+)
+def test_steps_of_nobody_are_not_planned(pieces: list[Piece], made_up: bool) -> None:
+    """vLLM's dummy requests decode without anything before."""
+    world = World("streaming")
+    metadata = world.builder.build(0, world.common(pieces))
+    assert (metadata.plan is None) == made_up
+    tokens = sum(piece.tokens for piece in pieces)
+    assert world.builder.pipeline.counts.dense_tokens == (0 if made_up else tokens)
+
+
+@pytest.mark.parametrize(
     ("at", "value", "what"),
     [(4, [0.5, 0.5], "ALiBi"), (9, "model.layers.0", "shared"), (8, "encoder", "encoder")],
 )
@@ -89,6 +108,18 @@ def test_sliding_windows_are_vllms_own() -> None:
     impl = DeviceImpl(2, 64, 0.125, 1, None, 512, "auto")
     assert impl.is_windowed
     assert impl.is_dense
+
+
+@pytest.mark.parametrize(("sliding", "planned"), [((96, 96), False), ((96, None), True)], ids=str)
+def test_groups_of_layers_with_and_without_windows(
+    sliding: tuple[int | None, ...], planned: bool
+) -> None:
+    """Without vLLM's hybrid cache manager they share one, and the layers without retrieve."""
+    world = World("streaming")
+    impls, builder, _ = layers_of(world.shape, world.config, 2, sliding)
+    assert [impl.retrieves for impl in impls] == [window is None for window in sliding]
+    metadata = builder.build(0, world.common([Piece(0, 0, 5, True)]))
+    assert (metadata.plan is not None) == planned
 
 
 def test_memory_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:

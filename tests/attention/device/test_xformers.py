@@ -23,8 +23,9 @@ from kvplug.attention.attend.xformers_operator import TRITON_BEFORE, operator_of
 from kvplug.errors import KvplugError
 from tests.attention.device.block_pointers import Language
 from tests.attention.device.pooled import PooledWorld
+from tests.attention.device.stock import stand_in
 from tests.attention.device.test_impl import MIXED, ROUNDING
-from tests.attention.device.world import DEVICE, SMALL, Shape, World, empty_cache, stand_in
+from tests.attention.device.world import DEVICE, SMALL, Shape, World, empty_cache
 from tests.kernels.conftest import HAS_GPU
 from tests.made_up import Piece
 

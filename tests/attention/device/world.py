@@ -6,15 +6,14 @@ positions. Pages are dealt out at random; page 0 belongs to nobody and holds NaN
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
-import pytest
 import torch
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backend import CommonAttentionMetadata
-from vllm.v1.attention.backends.triton_attn import TritonAttentionImpl
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from kvplug.attention.device.impl import DeviceImpl
@@ -324,9 +323,12 @@ def empty_cache(shape: Shape, layout: str) -> torch.Tensor:
 
 
 def layers_of(
-    shape: Shape, config: KvplugConfig, count: int
+    shape: Shape, config: KvplugConfig, count: int, sliding: Sequence[int | None] = ()
 ) -> tuple[list[DeviceImpl], DeviceMetadataBuilder, Any]:
-    """vLLM's classes for CUDA as vLLM makes them, from a config with no more than they read."""
+    """vLLM's classes for CUDA as vLLM makes them, from a config with no more than they read.
+
+    The first layers have the model's sliding windows, if any are given.
+    """
     heads = shape.kv_heads * shape.group
     model = SimpleNamespace(
         get_num_kv_heads=lambda _: shape.kv_heads, get_head_size=lambda: shape.dim,
@@ -338,7 +340,8 @@ def layers_of(
         torch.nn.Module.__init__(layer)
         layer.num_heads = heads
         layer.impl = DeviceImpl(
-            heads, shape.dim, shape.dim**-0.5, shape.kv_heads, None, None, "auto", None, "decoder",
+            heads, shape.dim, shape.dim**-0.5, shape.kv_heads, None,
+            sliding[number] if number < len(sliding) else None, "auto", None, "decoder",
         )  # fmt: skip
         layers[f"layers.{1 + number}.attn"] = layer
     vllm_config: Any = SimpleNamespace(
@@ -354,47 +357,3 @@ def layers_of(
     )
     builder = DeviceMetadataBuilder(spec, list(layers), vllm_config, DEVICE)
     return [layer.impl for layer in layers.values()], builder, vllm_config
-
-
-class Stock:
-    """Stands in for vLLM's kernel, which needs a GPU: attends to everything, in float64.
-
-    Args:
-        shape: Sizes.
-    """
-
-    def __init__(self, shape: Shape) -> None:
-        self.shape = shape
-        self.tokens: list[int] = []
-        """Of each call."""
-
-    def __call__(
-        self, impl: Any, layer: Any, query: torch.Tensor, key: Any, value: Any,
-        kv_cache: torch.Tensor, metadata: Any, output: torch.Tensor, *scales: Any,
-    ) -> torch.Tensor:  # fmt: skip
-        dim, page = self.shape.dim, self.shape.page
-        self.tokens.append(metadata.num_actual_tokens)
-        starts = metadata.query_start_loc.tolist()
-        assert metadata.max_query_len == max(np.diff(starts))
-        assert metadata.max_seq_len == int(metadata.seq_lens.max())
-        for row, length in enumerate(metadata.seq_lens.tolist()):
-            pages = metadata.block_table[row, : -(-length // page)].long()
-            cached = kv_cache[pages].transpose(1, 2).flatten(0, 1)[:length].double()
-            keys, values = cached.split(dim, -1)  # [L, Hk, D]
-            mine = query[starts[row] : starts[row + 1]].double().unflatten(1, (keys.shape[1], -1))
-            logits = torch.einsum("thgd,lhd->thgl", mine, keys) * impl.scale
-            positions = torch.arange(length, device=DEVICE)
-            unseen = positions > positions[length - len(mine) :, None]
-            shares = logits.masked_fill(unseen[:, None, None], -torch.inf).softmax(-1)
-            out = torch.einsum("thgl,lhd->thgd", shares, values).flatten(1, 2)
-            output[starts[row] : starts[row + 1]] = out.to(output.dtype)
-        return output
-
-
-def stand_in(monkeypatch: pytest.MonkeyPatch, shape: Shape) -> Stock:
-    """Replaces vLLM's kernel."""
-    stock = Stock(shape)
-    monkeypatch.setattr(
-        TritonAttentionImpl, "forward", lambda impl, *args: stock(impl, *args)
-    )  # fmt: skip
-    return stock
