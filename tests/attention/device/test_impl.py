@@ -115,12 +115,12 @@ def test_the_same_request_gets_the_same_answer(
     assert all(map(torch.equal, in_turns, together))
 
 
-@pytest.mark.parametrize("policy", ["channels", "hax", "streaming"])
+@pytest.mark.parametrize("policy", ["channels", "infllm"])
 def test_rows_of_padding(policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A captured graph between attention calls runs for more tokens than there are."""
     shape = SHAPES["g2"]
     stand_in(monkeypatch, shape)
-    for pieces in (MIXED, [MIXED[0], MIXED[4]], [MIXED[2]]):
+    for pieces in (MIXED[:3], [MIXED[2]]):
         plain, padded = World(policy, shape), World(policy, shape)
         for world in (plain, padded):
             world.fill(pieces)
