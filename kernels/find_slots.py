@@ -39,7 +39,7 @@ def _find_slots_kernel(  # type: ignore[no-untyped-def]
     m_lacking = m_n & (b_slot < 0)
     lacking = tl.sum(m_lacking.to(tl.int32), 0)
     if lacking > 0:
-        b_place = CLAIMED + i_row * width + o_n
+        b_place = i_row * width + o_n + CLAIMED
         tl.atomic_min(p_slot_of + b_entry, b_place, m_lacking, "relaxed")
         tl.atomic_add(p_lacking, lacking, sem="relaxed")
 

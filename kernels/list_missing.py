@@ -35,7 +35,7 @@ def _list_missing_kernel(  # type: ignore[no-untyped-def]
             o_n = tl.where(m_place, o_place % width, width)
             b_entry, m_n = listed_entries(p_table, p_lengths, b_row, o_n, width, page, heads)
             b_claim = tl.load(p_slot_of + b_entry, mask=m_n, other=0)
-            m_first = m_n & (b_claim == CLAIMED + o_place)
+            m_first = m_n & (b_claim == o_place + CLAIMED)
             b_first = m_first.to(tl.int32)
             o_out = filled + tl.cumsum(b_first, 0) - 1
             m_first &= o_out < most
