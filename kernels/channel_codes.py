@@ -23,7 +23,7 @@ FIELD = 32
 """Bits of a half word, where both kinds of bits share a word."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _channel_codes_kernel(  # type: ignore[no-untyped-def]
     p_keys, p_slots, p_firsts, p_chosen, p_scales, p_codes, tokens, stride_token, stride_head,
     PAGE: tl.constexpr, C: tl.constexpr, BLOCK_T: tl.constexpr,

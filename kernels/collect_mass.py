@@ -50,7 +50,7 @@ def _collect_kernel(  # type: ignore[no-untyped-def]
         tl.debug_barrier()
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _forget_kernel(  # type: ignore[no-untyped-def]
     p_slots, p_mass, p_seen, tokens, PAGE: tl.constexpr, BLOCK_S: tl.constexpr
 ):

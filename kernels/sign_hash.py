@@ -20,7 +20,7 @@ FEW_ROWS = 512
 """Up to so many vectors a head, programs take 16 each, so that more of them run at once."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _sign_hash_kernel(  # type: ignore[no-untyped-def]
     p_vectors, p_slots, p_planes, p_words, rows, stride_outer, stride_row, stride_head,
     PAGE: tl.constexpr, D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,

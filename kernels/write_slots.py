@@ -20,7 +20,7 @@ BLOCK = 16
 """Tokens of a program. Not measured: no GPU was at hand."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def _write_slots_kernel(  # type: ignore[no-untyped-def]
     p_keys, p_values, p_places, p_slot_of, p_pool, num_tokens, key_token, key_head, value_token,
     value_head, slot_stride, page, D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,

@@ -16,6 +16,7 @@ from kvplug.attention.device.plan import (
     Lengths,
     SparseWindows,
     find_first_tokens,
+    room_for,
     first_pages_of,
 )
 from kvplug.attention.device.send import send
@@ -34,7 +35,7 @@ class DecodePlans:
 
     def __init__(self, requests: int, longest: int, device: torch.device) -> None:
         """Allocates."""
-        self.longest = longest
+        self.longest, requests = longest, room_for(requests)  # columns begin at 16 bytes
         self.columns = torch.zeros((4, requests), dtype=torch.int32, device=device)
         """What differs from step to step: :attr:`DevicePlan.firsts`, then where regions lie."""
         self.numbers = torch.arange(requests, dtype=torch.int32, device=device)
@@ -74,7 +75,7 @@ class DecodePlans:
         sent[0, :batch] = first_pages_of(sent[0, :batch], block_table)
         self.columns.copy_(sent)
         firsts, *regions = self.columns[:, :batch]
-        numbers, most_far = self.numbers[:batch], max(self.longest // geometry.page, 1)
+        numbers, most_far = self.numbers[:batch], room_for(self.longest // geometry.page)
         sparse = SparseWindows(
             batch, most_far, geometry.budget_pages, numbers[:0], self.numbers[:1], numbers, numbers,
             self.ones[:batch], *regions,

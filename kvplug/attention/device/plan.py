@@ -44,7 +44,7 @@ class SparseWindows(NamedTuple):
     singles: int
     """How many have one token."""
     most_far: int
-    """Far pages of the window that has most of them, at least 1."""
+    """Room for the far pages of the window that has most of them: see :func:`room_for`."""
     budget: int
     """Far pages that a window selects, where the recipe's budget is fixed."""
     tokens: torch.Tensor
@@ -163,8 +163,8 @@ def make_plan(
     )  # fmt: skip
     sparse = dense_rows = None
     if len(order):
-        most_far = int((windows.far_end - windows.far_begin)[order].max())
-        sparse = SparseWindows(singles, max(most_far, 1), geometry.budget_pages, *of_sparse)
+        most_far = room_for(int((windows.far_end - windows.far_begin)[order].max()))
+        sparse = SparseWindows(singles, most_far, geometry.budget_pages, *of_sparse)
     if len(dense):
         tokens, query_start, request, seq_lens = of_dense
         longest = int(windows.num_tokens[dense].max()), int(windows.context_end[dense].max())
@@ -181,6 +181,15 @@ def _stream(lengths: Lengths, geometry: PageGeometry, order: Ints) -> HostStream
     windows = cut_windows(*lengths, geometry, merge=False)
     sizes = geometry.window, geometry.page
     return HostStream.of(windows, lengths.is_prefilling, np.argsort(order), *sizes)
+
+
+def room_for(pages: int) -> int:
+    """A multiple of 16 that is at least ``pages``.
+
+    Triton compiles a program of its own for sizes that are not, and another one for 1: they would
+    go on being compiled while contexts grow.
+    """
+    return max(-(-pages // 16), 1) * 16
 
 
 def first_pages_of(rows: torch.Tensor, block_table: torch.Tensor) -> torch.Tensor:
