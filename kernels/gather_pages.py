@@ -24,6 +24,9 @@ BLOCK = 2048
 """Numbers that a program copies at a time. Not measured: no GPU was at hand."""
 WORDS = tl.constexpr(4)
 """Numbers of 4 bytes in 16 bytes, which a thread copies at once."""
+PROGRAMS = 4096
+"""Entries that have programs of their own, which go on with others: most lists are longer than what
+counts of them, and a grid has an end. Not measured: no GPU was at hand."""
 
 
 class Rotation(NamedTuple):
@@ -39,14 +42,11 @@ class Rotation(NamedTuple):
 
 
 @triton.jit
-def _entry(p_entries, p_valid, i_n):  # type: ignore[no-untyped-def]
-    """Whether there is an entry, and its page, head and slot."""
-    is_valid = i_n < tl.load(p_valid)
+def _entry(p_entries, i_n):  # type: ignore[no-untyped-def]
+    """Page, head and slot of an entry."""
     p_entry = p_entries + i_n * 3
-    page = tl.load(p_entry, mask=is_valid, other=0).to(tl.int64)
-    head = tl.load(p_entry + 1, mask=is_valid, other=0).to(tl.int64)
-    slot = tl.load(p_entry + 2, mask=is_valid, other=0).to(tl.int64)
-    return is_valid, page, head, slot
+    page, head = tl.load(p_entry).to(tl.int64), tl.load(p_entry + 1).to(tl.int64)
+    return page, head, tl.load(p_entry + 2).to(tl.int64)
 
 
 @triton.jit
@@ -55,13 +55,13 @@ def _copy_pages_kernel(  # type: ignore[no-untyped-def]
     stride_slot, first_part, PAGE: tl.constexpr, QUADS: tl.constexpr, BLOCK_T: tl.constexpr,
     BLOCK_Q: tl.constexpr,
 ):  # fmt: skip
-    """Copies BLOCK_T tokens' keys or values of one entry; a token has QUADS times 16 bytes."""
-    i_t, i_part, i_n = tl.program_id(0), tl.program_id(1) + first_part, tl.program_id(2)
-    is_valid, page, head, slot = _entry(p_entries, p_valid, i_n)
-    if is_valid:
-        o_t = i_t * BLOCK_T + tl.arange(0, BLOCK_T)
-        o_w = tl.arange(0, BLOCK_Q * WORDS)
-        m_tw = (o_t < PAGE)[:, None] & (o_w < QUADS * WORDS)[None, :]
+    """Copies BLOCK_T tokens' keys or values of entries; a token has QUADS times 16 bytes."""
+    i_t, i_part = tl.program_id(0), tl.program_id(1) + first_part
+    o_t = i_t * BLOCK_T + tl.arange(0, BLOCK_T)
+    o_w = tl.arange(0, BLOCK_Q * WORDS)
+    m_tw = (o_t < PAGE)[:, None] & (o_w < QUADS * WORDS)[None, :]
+    for i_n in range(tl.program_id(2), tl.load(p_valid), tl.num_programs(2)):
+        page, head, slot = _entry(p_entries, i_n)
         o_page = page * stride_page + i_part * stride_part + head * stride_head
         o_token = (o_page + o_t * stride_token) * WORDS
         p_from = p_source + o_token[:, None] + o_w[None, :]
@@ -76,16 +76,16 @@ def _turn_pages_kernel(  # type: ignore[no-untyped-def]
     stride_slot, PAGE: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, NEOX: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """Copies and turns BLOCK_T tokens' keys of one entry."""
-    i_t, i_n = tl.program_id(0), tl.program_id(1)
-    is_valid, page, head, slot = _entry(p_entries, p_valid, i_n)
-    if is_valid:
+    """Copies and turns BLOCK_T tokens' keys of entries."""
+    i_t = tl.program_id(0)
+    for i_n in range(tl.program_id(1), tl.load(p_valid), tl.num_programs(1)):
+        page, head, slot = _entry(p_entries, i_n)
         o_t, o_i = i_t * BLOCK_T + tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_H)
         m_ti = (o_t < PAGE)[:, None] & (o_i < HALF)[None, :]
         p_from = p_source + page * stride_page + head * stride_head
         p_from += (o_t.to(tl.int64) * stride_token)[:, None]  # [BT, 1]
         p_to = p_slots + slot * stride_slot + (o_t * D)[:, None]
-        o_angle = i_n.to(tl.int64) * HALF + o_i
+        o_angle = i_n * HALF + o_i
         b_cos = tl.load(p_cos + o_angle, mask=o_i < HALF, other=0.0)[None, :]  # [1, BH]
         b_sin = tl.load(p_sin + o_angle, mask=o_i < HALF, other=0.0)[None, :]
         if NEOX:
@@ -154,7 +154,8 @@ def gather_pages(
     block_q = triton.next_power_of_2(quads)
     block_t = max(BLOCK // (block_q * WORDS.value), 1)
     first_part = 0 if rotation is None else 1
-    _copy_pages_kernel[(triton.cdiv(page, block_t), 2 - first_part, len(entries))](
+    programs = min(len(entries), PROGRAMS)
+    _copy_pages_kernel[(triton.cdiv(page, block_t), 2 - first_part, programs)](
         words, entries, num_valid, in_slots, *strides, in_slots.stride(0) // WORDS.value,
         first_part, PAGE=page, QUADS=quads, BLOCK_T=block_t, BLOCK_Q=block_q,
     )  # fmt: skip
@@ -197,7 +198,7 @@ def _turn(
     block_h = triton.next_power_of_2(half)
     block_t = min(max(BLOCK // (2 * block_h), 1), page)
     stride_page, _, stride_token, stride_head, _ = source.stride()
-    _turn_pages_kernel[(triton.cdiv(page, block_t), len(entries))](
+    _turn_pages_kernel[(triton.cdiv(page, block_t), min(len(entries), PROGRAMS))](
         source, entries, num_valid, slots, rotation.cos, rotation.sin,
         stride_page, stride_token, stride_head, slots.stride(0),
         PAGE=page, D=dim, HALF=half, NEOX=rotation.is_neox, BLOCK_T=block_t, BLOCK_H=block_h,

@@ -83,6 +83,10 @@ def _check_on_cpu(stages: Stages, page: int) -> None:
             f"Option 'attend' {stages.attend!r} chooses a kernel on CUDA, and this is vLLM's CPU "
             f"platform: leave it out."
         )
+    if stages.graphs:
+        raise KvplugError(
+            "Option 'graphs' is for CUDA graphs, and this is vLLM's CPU platform: leave it out."
+        )
 
 
 def _check_model(model: Any) -> None:

@@ -17,9 +17,10 @@ from kvplug.selection import is_selected, options_of
 if TYPE_CHECKING:
     from kvplug.config import OffloadConfig
     from kvplug.offload.cold_store import ColdStore
+    from kvplug.offload.host_store import HostStore
 
-STORE, POOLS = "kvplug_cold_store", "kvplug_pools"
-"""Attributes of a model runner whose cache is in a cold store."""
+STORE, POOLS, HOST_STORE = "kvplug_cold_store", "kvplug_pools", "kvplug_host_store"
+"""Attributes of a model runner whose cache is in a cold store; the last one's is a GPU's."""
 
 
 def offload_of(vllm_config: Any) -> OffloadConfig | None:
@@ -34,7 +35,7 @@ class InStore(TorchFunctionMode):
         store: The store.
     """
 
-    def __init__(self, store: ColdStore) -> None:
+    def __init__(self, store: ColdStore | HostStore) -> None:
         """Holds the store."""
         super().__init__()
         self.store = store
@@ -51,22 +52,24 @@ class InStore(TorchFunctionMode):
 
 def _wrap_allocation(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
-    def initialize_kv_cache_tensors(
-        self: Any,
-        kv_cache_config: Any,
-        kernel_block_sizes: Any,
-        kv_cache_allocation_context: Any = None,
-    ) -> Any:
+    def _maybe_get_memory_pool_context(self: Any, tag: str) -> Any:
         offload = offload_of(self.vllm_config)
-        if offload is None:
-            return original(self, kv_cache_config, kernel_block_sizes, kv_cache_allocation_context)
+        if offload is None or tag != "kv_cache":
+            return original(self, tag)
+        from kvplug.attention.backend import KvplugBackend
         from kvplug.offload.cold_store import ColdStore
 
-        store = ColdStore(offload, self.vllm_config.parallel_config.rank)
-        setattr(self, STORE, store)
-        return original(self, kv_cache_config, kernel_block_sizes, InStore(store))
+        store = KvplugBackend.cold_store(offload, self.vllm_config.parallel_config.rank)
+        is_on_cpu = isinstance(store, ColdStore)
+        if is_on_cpu and self.use_v2_model_runner:
+            raise KvplugError(
+                "kvplug does not offload with vLLM's V2 model runner on CPUs, which cannot fail "
+                "requests that lose pages: set VLLM_USE_V2_MODEL_RUNNER=0."
+            )
+        setattr(self.model_runner, STORE if is_on_cpu else HOST_STORE, store)
+        return InStore(store)
 
-    return initialize_kv_cache_tensors
+    return _maybe_get_memory_pool_context
 
 
 def _wrap_memory(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -129,14 +132,14 @@ _VLLM = ">=0.32,<0.33"
 
 PATCHES = [
     Patch(
-        target="vllm.v1.worker.gpu_model_runner:GPUModelRunner.initialize_kv_cache_tensors",
+        target="vllm.v1.worker.gpu_worker:Worker._maybe_get_memory_pool_context",
         vllm=_VLLM,
-        why="vLLM allocates the paged cache in memory; a plugin has no say in where.",
+        why="vLLM allocates the paged cache in the device's memory; a plugin has no say in where. "
+        "Its worker asks here for what to allocate in, whichever model runner it has.",
         upstream="https://github.com/vllm-project/vllm/issues/42449",
         remove_when="A plugin can give the context that the cache is allocated in.",
-        fingerprint="81dd948e771ce8a5",
+        fingerprint="c6dca1b30ec89d3e",
         wrap=_wrap_allocation,
-        device="cpu",
     ),
     Patch(
         target="vllm.v1.worker.cpu_worker:CPUWorker.determine_available_memory",

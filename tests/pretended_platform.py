@@ -95,6 +95,7 @@ def engine(model: str, arguments: dict[str, Any]) -> dict[str, Any] | str:
         return str(error)
     return {
         "block": config.cache_config.block_size,
+        "cache_bytes": config.cache_config.kv_cache_memory_bytes,
         "second_runner": config.use_v2_model_runner,
         "graphs": config.compilation_config.cudagraph_mode.name,
     }

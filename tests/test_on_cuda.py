@@ -43,6 +43,10 @@ STARTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"compilation_config": {"cudagraph_mode": "FULL_DECODE_ONLY"}},
         {"graphs": "FULL_DECODE_ONLY"},
     ),
+    "pages in the host's memory": (
+        {"kvplug": {"offload": {"tier": "host", "cold_gib": 5.0}}},
+        {"cache_bytes": 5 * 2**30},
+    ),
     "stock": ({"attention_backend": None, "additional_config": {}}, {"second_runner": True}),
 }
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
@@ -67,7 +71,9 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         "does not serve --speculative-config on CUDA",
     ),
     "microbatches": ({"enable_dbo": True}, "does not serve microbatches"),
-    "cold pages": ({"kvplug": {"offload": {"tier": "host"}}}, "option offload on CUDA"),
+    "cold pages": (
+        {"kvplug": {"offload": {"tier": "disk", "path": "."}}}, "tier 'disk' runs on CPUs only",
+    ),
 }  # fmt: skip
 
 

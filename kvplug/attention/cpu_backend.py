@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from vllm.v1.attention.backend import AttentionType
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
 from kvplug.attention.impl import KvplugImpl
 from kvplug.attention.metadata import KvplugMetadataBuilder
+
+if TYPE_CHECKING:
+    from kvplug.config import OffloadConfig
+    from kvplug.offload.cold_store import ColdStore
 
 
 class CpuBackend(CPUAttentionBackend):
@@ -26,6 +32,13 @@ class CpuBackend(CPUAttentionBackend):
     def supports_non_causal(cls) -> bool:
         """Causal models only."""
         return False
+
+    @staticmethod
+    def cold_store(offload: OffloadConfig, rank: int) -> ColdStore:
+        """Where a worker's cache lives if pages are offloaded; see :class:`ColdStore`."""
+        from kvplug.offload.cold_store import ColdStore
+
+        return ColdStore(offload, rank)
 
     @staticmethod
     def get_impl_cls() -> type[KvplugImpl]:

@@ -20,12 +20,13 @@ from kvplug.bench.kernel_channel_cases import CHANNEL_CASES
 from kvplug.bench.kernel_chunk_cases import CHUNK_CASES
 from kvplug.bench.kernel_density_cases import DENSITY_CASES
 from kvplug.bench.kernel_mass_cases import MASS_CASES
+from kvplug.bench.kernel_pool_cases import POOL_CASES
 from kvplug.bench.kernel_steps import check_step
 from kvplug.bench.kernel_world import Case, Outputs, Shape, World
 
 CASES = (
     *INDEX_CASES, *CHANNEL_CASES, *CHUNK_CASES, *MASS_CASES, *BUCKET_CASES, *DENSITY_CASES,
-    *ATTENTION_CASES,
+    *ATTENTION_CASES, *POOL_CASES,
 )  # fmt: skip
 
 

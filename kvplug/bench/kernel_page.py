@@ -25,59 +25,7 @@ vLLM is not needed: `python -m kvplug.bench.kernels` takes the same options wher
 Triton, typer and rich are installed. `--json` prints the figures, which also lie beside \
 the page, as `gpu.json`. `--interpret` and `--compile` verify on any machine what needs no GPU; a \
 run leaves what others wrote as it is. FlashInfer is measured where it can be imported."""
-BACKEND = """\
-## The backend for CUDA
-
-**It has never run on a GPU**, and logs a warning that says so when an engine starts with it. On \
-vLLM's CUDA platform `--attention-backend CUSTOM` is a subclass of vLLM's Triton attention \
-(`kvplug/attention/device/`). Its classes have run in Triton's interpreter on CPU tensors, with \
-metadata and caches made by hand in vLLM's layouts: there they select the pages that the pipeline \
-on CPU selects, and what they attend to agrees with float64 (`tests/attention/device/`). vLLM's \
-model runner, its compiler and its own Triton kernel were not part of that.
-
-* Policies `channels`, `quest`, `simhash`, `hcam` (with `merge` `exact`), `infllm`, `actqkv`, \
-`hax`, `streaming` and `dense`, and their stages in any combination, with any probe or several \
-and with any budget but `recall`; pages of 32, 64 or 128 tokens; heads of 64, 80, 96, 128 or 256; \
-bfloat16 and float16. Refused in one sentence: other stages, offload, audits, traces, speculative \
-decoding, microbatches, context parallelism, quantised caches, and requests that ask for a budget \
-of their own.
-* Selected pages are attended to by kvplug's own kernel, or with `attend` among the recipe's \
-options set to `flash` by vLLM's FlashAttention, or to `xformers` by xformers' Triton kernel, \
-both through a view of single heads' pages. Of FlashAttention only a stand-in was ever called; \
-xformers' kernel ran in Triton's interpreter: that of 3.7.1 as it is, that of 3.9 with block \
-pointers of the tests, for it has none (`tests/attention/device/test_xformers.py`).
-* `xformers` needs `pip install 'kvplug[xformers]'` (0.0.35, wheels for x86-64) and a Triton \
-before 3.9, which dropped the block pointers that its kernel is written with; the CUDA build of \
-torch 2.13 comes with 3.7.1. It takes heads of 64, 128 or 256 and no models that cap logits. It \
-is called once a layer where pages are head-major and once a KV head where they are token-major, \
-for decoded tokens and for windows of several, which go in pieces of 16 tokens.
-* The host cuts windows from lengths, and reads neither block tables nor slots nor scores back. \
-Windows that attend to everything are vLLM's own kernel's, beside sparse ones by themselves.
-* Keys are summarised as they are written, so contexts below `dense_below` pay for that too; the \
-bounds of `quest` and the means of `hcam`, when a page's last token is.
-* Probe `activation` watches every step, dense ones too: the host says from lengths which windows \
-carry statistics from page to page, and where, in logical pages; a step of decoded tokens has \
-such windows once or twice in `window` tokens of each request. They are pooled one after the \
-other, a program a query head, for a request may begin with pages that the same step fills.
-* Budget `entropy` shares the budget of all layers by one call a step, for decoded tokens' \
-densities are known before the first layer. Counts of pages stay on the GPU. Their sum, for \
-`kvplug:pages_attended`, starts towards the host at the end of every step and is read without \
-waiting, so that metrics may lag by a step.
-* `infllm`, `actqkv` and `hax` watch every step too, for every 32nd query by its position gives \
-mass to the keys of its local region; the host knows from lengths which windows have one, and \
-most steps that decode have none. Each window's is computed by itself, and added by a program a \
-KV head, in order. Pages are settled before windows are scored: the device looks at a number of \
-every far page of every window, and settles those that it finds open.
-* The index is allocated in full: with heads of 128, pages of 32 and 16-bit caches, `channels` \
-takes 7.0% of the bytes of keys and values, `quest` and `hcam` 3.1%, `infllm` 2.4%, `simhash` \
-1.6%. `hax` keeps means of a request's first window on any page: with 4 query heads a KV head it \
-takes 18% with pages of 32 tokens, 6.3% with pages of 128. Probe `activation` keeps its \
-statistics on any page too: with 4 query heads a KV head, 25% with pages of 32 tokens, 6.3% with \
-pages of 128. vLLM does not count it: lower `--gpu-memory-utilization`.
-* CUDA graphs of attention are declared unsupported. Kernels are compiled when they are first \
-called. Windows whose scores are not finite are not counted.
-* After a preemption vLLM's second model runner reads decoded tokens back as if they were prompt, \
-in windows, so such a request may get another answer than it would have got."""
+BACKEND = "What vLLM on CUDA makes of them: [cuda.md](cuda.md)."
 SANITIZER = """\
 ## Memory errors
 
@@ -116,11 +64,6 @@ COMPILED = """\
 
 By `{command}` with {versions}, which needs no GPU: registers per thread / what was spilled of \
 them (bytes; on AMD GPUs vector registers) / bytes of shared memory per program."""
-OTHER_TRITONS = """\
-With torch 2.11.0 and Triton 3.6.0, and with torch 2.13.0 and Triton 3.7.1, which is what its CUDA \
-build brings, the same 84 checks were right and the same 91 variants compiled, by the same \
-command; of 273 programs four and three spill there, 8 to 96 bytes. Triton 3.6.0's interpreter \
-needs a numpy before 2.4 (2.2.6 was used)."""
 
 
 def draw(document: Document) -> str:
@@ -137,7 +80,7 @@ def draw(document: Document) -> str:
     if "interpreted" in document:
         parts.append(_interpreted(document["interpreted"]))
     if "compiled" in document:
-        parts += [*_compiled(document["compiled"]), OTHER_TRITONS]
+        parts += _compiled(document["compiled"])
     sanitized = "It has not been run yet, for want of a GPU." if not measured else ""
     parts.append(SANITIZER.format(sanitized=sanitized).rstrip())
     return "\n\n".join(parts) + "\n"

@@ -16,6 +16,7 @@ from typing import Any
 
 from kvplug.bench.engine import Bench
 from kvplug.bench.job import Job
+from kvplug.errors import KvplugError
 
 
 class Clocks:
@@ -58,11 +59,20 @@ def targets(layers: list[Any]) -> dict[str, list[tuple[type, str, str]]]:
 
     Args:
         layers: vLLM's attention layers that retrieve.
+
+    Raises:
+        KvplugError: They run on a GPU, whose clocks these are not.
     """
+    from vllm.platforms import current_platform
+
     from kvplug.attention.attend.cpu import CpuAttend
     from kvplug.page_table import PageTable
     from kvplug.pipeline import Pipeline
 
+    if not current_platform.is_cpu():
+        raise KvplugError(
+            "Stages are timed on CPUs only: on a GPU kvplug bench kernels times every kernel."
+        )
     whole = [(Pipeline, name, "select") for name in ("plan", "run")]
     attention = [(CpuAttend, "__call__", "attend")]
     single: dict[tuple[type, str], str] = {(PageTable, "write_selected"): "table"}

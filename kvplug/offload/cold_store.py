@@ -26,6 +26,7 @@ from kvplug.errors import KvplugError
 
 if TYPE_CHECKING:
     from kvplug.config import OffloadConfig
+    from kvplug.offload.host_store import HostStore
 
 GIB = 2**30
 LOCK = "kvplug.lock"
@@ -37,7 +38,7 @@ LEAST_TOUCHED = 2**18
 IN_MEMORY = ("tmpfs", "ramfs", "devtmpfs")
 """File systems that would keep the cache in the memory that it is to leave."""
 
-_stores: WeakValueDictionary[int, ColdStore] = WeakValueDictionary()
+_stores: WeakValueDictionary[int, ColdStore | HostStore] = WeakValueDictionary()
 
 
 class ColdStore:
@@ -78,7 +79,7 @@ class ColdStore:
             self._map = mmap.mmap(self.fd, nbytes)
             tensor = torch.frombuffer(self._map, dtype=torch.int8)
         self.address = tensor.data_ptr()
-        _stores[tensor.untyped_storage().data_ptr()] = self
+        register(tensor, self)
         return tensor
 
     def offset(self, tensor: torch.Tensor) -> int:
@@ -99,7 +100,12 @@ class ColdStore:
             self._map.madvise(mmap.MADV_DONTNEED)
 
 
-def store_of(tensor: torch.Tensor) -> ColdStore | None:
+def register(tensor: torch.Tensor, store: ColdStore | HostStore) -> None:
+    """Notes that a tensor lives in a store."""
+    _stores[tensor.untyped_storage().data_ptr()] = store
+
+
+def store_of(tensor: torch.Tensor) -> ColdStore | HostStore | None:
     """The store that a tensor lives in, if it lives in one."""
     return _stores.get(tensor.untyped_storage().data_ptr())
 

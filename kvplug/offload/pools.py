@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 from kvplug.offload.counts import PoolCounts
-from kvplug.offload.hot_pool import HotPool
+
+if TYPE_CHECKING:
+    from kvplug.offload.device_pool import DevicePool
+    from kvplug.offload.hot_pool import HotPool
 
 
 class Pools:
@@ -15,7 +19,7 @@ class Pools:
         pools: One for each retrieving layer.
     """
 
-    def __init__(self, pools: Iterable[HotPool]) -> None:
+    def __init__(self, pools: Iterable[HotPool | DevicePool]) -> None:
         """Holds its argument."""
         self.pools = list(pools)
 
@@ -34,6 +38,5 @@ class Pools:
         """Pages that any layer could not read since this was last asked."""
         found: set[int] = set()
         for pool in self.pools:
-            if pool.unreadable:
-                found |= pool.take_unreadable()
+            found |= pool.take_unreadable()
         return found

@@ -12,7 +12,8 @@ from kvplug.selection import options_of
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from kvplug.config import KvplugConfig
+    from kvplug.config import KvplugConfig, OffloadConfig
+    from kvplug.offload.device_pool import DevicePool
     from kvplug.offload.hot_pool import HotPool
 
 GIB = 2**30
@@ -122,41 +123,27 @@ def least_hot_gib(config: KvplugConfig, *sizes: int) -> float:
     return math.ceil(least_hot_bytes(config, *sizes) / GIB * 1e4) / 1e4
 
 
-def make_pools(vllm_config: Any, layers: dict[int, Any]) -> dict[int, HotPool]:
+def make_pools(
+    vllm_config: Any, layers: dict[int, Any]
+) -> dict[int, HotPool] | dict[int, DevicePool]:
     """A pool for each retrieving layer, where the cache is in a cold store.
 
     Raises:
-        KvplugError: ``hot_gib`` is too small.
+        KvplugError: ``hot_gib`` is too small, or more than the device has.
     """
-    from kvplug.compiled import same_threads, warming_up
     from kvplug.offload.cold_store import store_of
-    from kvplug.offload.hot_pool import HotPool
-    from kvplug.offload.links import Links
-    from kvplug.offload.warm_up import warm_up
+    from kvplug.offload.host_store import HostStore
 
     config = options_of(vllm_config)
-    if config.offload is None:
+    if config.offload is None or not layers:
         return {}
-    by_links = config.offload.eviction == "event" or "events" in config.offload.prefetch
-    links: Links | None = None
-    pools: dict[int, HotPool] = {}
-    for number, layer in layers.items():
-        store = store_of(layer.kv_cache)
-        if store is None:
-            raise KvplugError(
-                "kvplug is to offload, but vLLM put the cache elsewhere; refusing to serve."
-            )
-        if not pools:
-            with same_threads(), warming_up():
-                warm_up(layer.kv_cache, store)
-        pages, heads, page, width = layer.kv_cache.shape
-        size = page * width * layer.kv_cache.dtype.itemsize
-        slots = check_slots(config, page, heads, len(layers), size)
-        if by_links and links is None:
-            links = Links(pages)
-        pools[number] = HotPool(layer.kv_cache, store, min(slots, pages * heads), links)
-    if "next_layer" in config.offload.prefetch:
-        chain_pools(pools)
+    stores = [store_of(layer.kv_cache) for layer in layers.values()]
+    if None in stores:
+        raise KvplugError(
+            "kvplug is to offload, but vLLM put the cache elsewhere; refusing to serve."
+        )
+    is_remote = isinstance(stores[0], HostStore)
+    pools = (_device_pools if is_remote else _pools)(config, config.offload, layers, stores[0])
     hot = sum(pool.nbytes() for pool in pools.values())
     logger.info(
         "kvplug offloads to %s: %.2f GiB of pages in %d layers, %.2f GiB of them hot.",
@@ -165,7 +152,71 @@ def make_pools(vllm_config: Any, layers: dict[int, Any]) -> dict[int, HotPool]:
     return pools
 
 
-def find_events(pool: HotPool, common: Mapping[type, Any]) -> None:
+def _slots(config: KvplugConfig, layers: dict[int, Any], kv_cache: Any) -> int:
+    """Slots of a layer's pool; see :func:`check_slots`."""
+    pages, heads, page, width = kv_cache.shape
+    size = page * width * kv_cache.dtype.itemsize
+    return min(check_slots(config, page, heads, len(layers), size), pages * heads)
+
+
+def _pools(
+    config: KvplugConfig, offload: OffloadConfig, layers: dict[int, Any], store: Any
+) -> dict[int, HotPool]:
+    """Pools on CPU."""
+    from kvplug.compiled import same_threads, warming_up
+    from kvplug.offload.hot_pool import HotPool
+    from kvplug.offload.links import Links
+    from kvplug.offload.warm_up import warm_up
+
+    caches = {number: layer.kv_cache for number, layer in layers.items()}
+    first = next(iter(caches.values()))
+    with same_threads(), warming_up():
+        warm_up(first, store)
+    by_links = offload.eviction == "event" or "events" in offload.prefetch
+    links = Links(len(first)) if by_links else None
+    pools = {
+        number: HotPool(cache, store, _slots(config, layers, cache), links)
+        for number, cache in caches.items()
+    }
+    if "next_layer" in offload.prefetch:
+        chain_pools(pools)
+    return pools
+
+
+def _device_pools(
+    config: KvplugConfig, offload: OffloadConfig, layers: dict[int, Any], store: Any
+) -> dict[int, DevicePool]:
+    """Pools on a GPU, whose counts are exported.
+
+    Raises:
+        KvplugError: There is no memory left for them.
+    """
+    import torch
+
+    from kvplug.observe.exporter import EXPORTER
+    from kvplug.observe.pool_metrics import pool_metrics
+    from kvplug.offload.device_pool import DevicePool
+    from kvplug.offload.told_counts import ToldCounts
+
+    caches = {number: layers[number].kv_cache for number in sorted(layers)}
+    first = next(iter(caches.values()))
+    size = first[0, 0].numel() * first.dtype.itemsize
+    told = ToldCounts(len(layers), size, first.device)
+    try:
+        pools = {
+            number: DevicePool(cache, store, _slots(config, layers, cache), told, rank)
+            for rank, (number, cache) in enumerate(caches.items())
+        }
+    except torch.OutOfMemoryError as error:
+        raise KvplugError(
+            f"The GPU has no memory left for kvplug's hot pools: lower kvplug option "
+            f"offload.hot_gib={offload.hot_gib:g}."
+        ) from error
+    EXPORTER.add(told, pool_metrics(offload.tier))
+    return pools
+
+
+def find_events(pool: HotPool | DevicePool, common: Mapping[type, Any]) -> None:
     """Tells a pool's links where events begin, where the recipe knows events.
 
     Args:

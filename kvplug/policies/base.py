@@ -44,6 +44,8 @@ class Stages:
     attend: str | None = None
     """What attends to selected pages, where the platform leaves a choice: ``triton``, kvplug's own
     kernel, ``flash``, vLLM's FlashAttention, or ``xformers``. None: the platform's first."""
+    graphs: bool = False
+    """Whether steps of decoded tokens may be captured in CUDA graphs."""
     always_dense: bool = False
     """Attend to everything, by the platform's own path."""
 

@@ -26,7 +26,9 @@ REGISTRIES: dict[str, Registry[Any]] = {
 }
 MERGES = ("exact", "coarse")
 ATTENDS = ("triton", "flash", "xformers")
-REPLACEABLE = (*REGISTRIES, "merge", "attend")
+ON_CUDA = ("attend", "graphs")
+"""Options of attention itself, which recipes without an index have too."""
+REPLACEABLE = (*REGISTRIES, "merge", *ON_CUDA)
 """Options that replace a part of a recipe instead of being its own."""
 
 
@@ -59,7 +61,8 @@ def replace_stages(stages: Stages, what: str, options: Mapping[str, Any]) -> Sta
         what: What messages call the recipe.
         options: Stage kind -> a name, or ``{"name": ..., field: value}``; probes may be a list of
             such, which are used together, and a segment None, for doing without. ``merge`` ->
-            ``exact`` or ``coarse``, ``attend`` -> ``triton``, ``flash`` or ``xformers``.
+            ``exact`` or ``coarse``, ``attend`` -> ``triton``, ``flash`` or ``xformers``,
+            ``graphs`` -> a bool.
 
     Raises:
         KvplugError: An unknown stage or field, or stages that do not go together.
@@ -67,7 +70,7 @@ def replace_stages(stages: Stages, what: str, options: Mapping[str, Any]) -> Sta
     if stages.always_dense:
         idle = list(options)
     else:
-        idle = [option for option in options if stages.index is None and option != "attend"]
+        idle = [option for option in options if stages.index is None and option not in ON_CUDA]
     if idle:
         named = " and ".join(map(repr, idle))
         raise KvplugError(
@@ -80,6 +83,8 @@ def replace_stages(stages: Stages, what: str, options: Mapping[str, Any]) -> Sta
             changed[kind] = _one_of(kind, value, MERGES)
         elif kind == "attend":
             changed[kind] = _one_of(kind, value, ATTENDS)
+        elif kind == "graphs":
+            changed[kind] = _yes_or_no(kind, value)
         elif kind == "segment" and value is None:
             changed[kind] = None
         elif kind == "probe" and isinstance(value, list):
@@ -136,6 +141,17 @@ def _one_of(kind: str, value: Any, names: tuple[str, ...]) -> str:
     """
     if not isinstance(value, str) or value not in names:
         raise KvplugError(f"Unknown {kind} {value!r}: {nearest_name(str(value), names)}.")
+    return value
+
+
+def _yes_or_no(kind: str, value: Any) -> bool:
+    """A switch.
+
+    Raises:
+        KvplugError: It is none.
+    """
+    if not isinstance(value, bool):
+        raise KvplugError(f"Option {kind!r} must be true or false, not {value!r}.")
     return value
 
 

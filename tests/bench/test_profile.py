@@ -6,8 +6,10 @@ import time
 from types import SimpleNamespace
 
 import pytest
+from vllm.platforms import current_platform
 
 from kvplug.bench.profile import Clocks, targets
+from kvplug.errors import KvplugError
 from tests.cases import PolicyCase
 from tests.made_up import World
 
@@ -44,6 +46,12 @@ def test_nothing_is_left_behind() -> None:
     assert Worker.work is original
     assert "work" not in vars(Heir)
     assert set(clocks.seconds) == {"b"}
+
+
+def test_a_gpu_has_clocks_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(type(current_platform), "is_cpu", lambda self: False)
+    with pytest.raises(KvplugError, match="kvplug bench kernels"):
+        targets([])
 
 
 def test_every_stage_is_timed_once() -> None:

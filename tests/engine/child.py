@@ -4,7 +4,8 @@ A spec holds ``kvplug`` (options, or null for stock vLLM), ``engine`` (vLLM's en
 ``rounds`` (lists of requests ``{"ids": [...], "max_tokens": n}``, optionally with a ``salt`` that
 keeps a request from sharing a prefix; a round is served at once, the next begins when it is done),
 and optionally ``sabotage``, the name of a patch target to undo. Run by itself it takes the backend
-for CUDA, see ``pretended_cuda.py``.
+for CUDA, see ``pretended_cuda.py``; with ``graphs`` in the spec it captures graphs, and no windows
+are noted.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import json
 import sys
 from dataclasses import asdict
 from typing import Any
+
+from tests.pretended_graph import PretendedGraph
 
 
 class Recorder:
@@ -85,6 +88,10 @@ def main(recorder: Recorder | DeviceRecorder | None = None) -> None:
     """Runs the spec."""
     spec = json.loads(sys.stdin.read())
     recorder = recorder or Recorder()
+    if spec.get("graphs"):
+        from tests.engine.pretended_cuda import capture, with_graphs
+
+        with_graphs()
     if spec.get("sabotage"):
         from kvplug.patches import apply
 
@@ -97,6 +104,7 @@ def main(recorder: Recorder | DeviceRecorder | None = None) -> None:
         engine["attention_backend"] = "CUSTOM"
         engine["additional_config"] = {"kvplug": spec["kvplug"]}
     llm = LLM(**{"dtype": "bfloat16", "enforce_eager": True, **engine})
+    captured = capture(llm) if spec.get("graphs") else []
     scheduler = llm.llm_engine.engine_core.engine_core.scheduler
     preempted: list[str] = []
     original = scheduler._preempt_request
@@ -106,7 +114,7 @@ def main(recorder: Recorder | DeviceRecorder | None = None) -> None:
         return original(request, *args, **kwargs)
 
     scheduler._preempt_request = preempt
-    if spec["kvplug"] is not None:
+    if spec["kvplug"] is not None and not captured:
         recorder.install()
     rounds = []
     for requests in spec["rounds"]:
@@ -139,6 +147,8 @@ def main(recorder: Recorder | DeviceRecorder | None = None) -> None:
                 "selections": recorder.selections,
                 "impls": sorted(backend),
                 "coarse": all(coarse),
+                "captured": captured,
+                "replays": PretendedGraph.replays,
                 "pools": [asdict(pool.counts) for pool in pools if pool.check_integrity()],
             }
         )

@@ -36,6 +36,46 @@ def pretend() -> None:
     _take_backend()
 
 
+def with_graphs() -> None:
+    """Has vLLM's second model runner want graphs of decoded tokens, by stand-ins of graphs."""
+    import torch
+    from vllm.config import CompilationConfig, CUDAGraphMode
+    from vllm.platforms import current_platform
+
+    from tests.pretended_graph import PretendedGraph
+
+    resolve = CompilationConfig.resolve_cudagraph_mode_and_sizes
+
+    def resolve_cudagraph_mode_and_sizes(config: Any, *args: Any, **kwargs: Any) -> Any:
+        config.cudagraph_mode = CUDAGraphMode.FULL_DECODE_ONLY  # vLLM's CPU platform takes it out
+        config.cudagraph_capture_sizes, config.max_cudagraph_capture_size = [1, 2, 4], 4
+        return resolve(config, *args, **kwargs)
+
+    taken: Any = CompilationConfig
+    taken.resolve_cudagraph_mode_and_sizes = resolve_cudagraph_mode_and_sizes
+    platform: Any = type(current_platform)
+    platform.get_global_graph_pool = lambda _: (0, 0)
+    cuda: Any = torch.cuda
+    cuda.CUDAGraph = PretendedGraph
+    cuda.graph = lambda graph, *_, **__: graph.capture()
+
+
+def capture(llm: Any) -> list[int]:
+    """Has an engine capture what it wants to, as the worker for CUDA does at its start.
+
+    Returns:
+        Requests of the steps that were captured.
+    """
+    from vllm.v1.worker.workspace import init_workspace_manager
+
+    executor: Any = llm.llm_engine.engine_core.engine_core.model_executor
+    runner = executor.driver_worker.worker.model_runner
+    init_workspace_manager(runner.device)  # which vLLM's worker for CPUs has no use for
+    runner.capture_model()
+    sizes: list[int] = runner.cudagraph_manager.captured_token_counts()
+    return sizes
+
+
 def _take_backend() -> None:
     """What kvplug asks the platform is answered as on CUDA."""
     from kvplug import binding, startup
@@ -43,14 +83,15 @@ def _take_backend() -> None:
     from kvplug.attention.device.backend import DeviceBackend
     from kvplug.patches import checked_config
 
-    adopt = checked_config.adopt
+    patch: Any = checked_config
+    adopt = patch.adopt
 
     def adopt_and_overlap(vllm_config: Any) -> None:
         adopt(vllm_config)
         # As on CUDA: the CPU platform, which the plugin wraps, has just switched it off.
         vllm_config.scheduler_config.async_scheduling = True
 
-    checked_config.adopt = adopt_and_overlap
+    patch.adopt = adopt_and_overlap
     taken: Any = DeviceBackend
     taken.supports_compute_capability = classmethod(lambda *_: True)
     backend.KvplugBackend = taken

@@ -67,7 +67,7 @@ class TritonAttend:
     ) -> None:  # fmt: skip
         """Windows of one token, their rows in parts."""
         count, is_all = windows.singles, windows.singles == len(queries)
-        tokens = windows.token_start[:count].long()
+        tokens, ones = windows.token_start[:count], windows.num_tokens[:count]
         mine = queries if is_all else queries.index_select(0, tokens)
         out = output if is_all else torch.empty_like(mine)
         num_parts = parts_of(rows, cache.keys.shape[1])
@@ -75,8 +75,10 @@ class TritonAttend:
             queries.new_empty((num_parts, *mine.shape), dtype=torch.float32),
             queries.new_empty((num_parts, *mine.shape[:2]), dtype=torch.float32),
         )
-        numbers = torch.arange(count, dtype=torch.int32, device=queries.device)
-        asking = QueryWindows(mine, numbers, torch.ones_like(numbers))
+        numbers = tokens
+        if not is_all:
+            numbers = torch.arange(count, dtype=torch.int32, device=queries.device)
+        asking = QueryWindows(mine, numbers, ones)
         paged_attention(asking, rows, cache, self.scale, 1, out, parts=parts, cap=self.cap)
         if not is_all:
-            output.index_copy_(0, tokens, out)
+            output.index_copy_(0, tokens.long(), out)

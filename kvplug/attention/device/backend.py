@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from vllm.config.cache import CacheDType
@@ -15,6 +15,10 @@ from kvplug.attention.device.impl import DeviceImpl
 from kvplug.attention.device.metadata import DeviceMetadataBuilder
 from kvplug.attention.device.refusals import PAGES
 from kvplug.kernels.checks import HEAD_DIMS
+
+if TYPE_CHECKING:
+    from kvplug.config import OffloadConfig
+    from kvplug.offload.host_store import HostStore
 
 
 class DeviceBackend(TritonAttentionBackend):
@@ -89,6 +93,13 @@ class DeviceBackend(TritonAttentionBackend):
     def supports_batch_invariance(cls) -> bool:
         """Nobody tried it."""
         return False
+
+    @staticmethod
+    def cold_store(offload: OffloadConfig, rank: int) -> HostStore:
+        """Where a worker's cache lives if pages are offloaded, whatever its rank."""
+        from kvplug.offload.host_store import HostStore
+
+        return HostStore()
 
     @staticmethod
     def get_impl_cls() -> type[DeviceImpl]:

@@ -14,6 +14,7 @@ from kvplug.attention.attend.xformers import XformersAttend
 from kvplug.attention.attend.xformers_operator import operator_of
 from kvplug.attention.layer_refusals import refuse_layer
 from kvplug.errors import KvplugError
+from kvplug.kernels.page_rows import PageRows
 
 if TYPE_CHECKING:
     from kvplug.attention.device.metadata import DeviceMetadata
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from kvplug.attention.device.plan import DevicePlan
     from kvplug.kernels.paged_attention import PagedCache
     from kvplug.observe.observers import Observers
-    from kvplug.offload.hot_pool import HotPool
+    from kvplug.offload.device_pool import DevicePool
     from kvplug.rotary import Rotary
     from kvplug.stage import LayerShape
 
@@ -41,8 +42,8 @@ class DeviceImpl(TritonAttentionImpl):
         self.attend: TritonAttend | FlashAttend | XformersAttend | None = None
         self.stages: DeviceLayer | None = None
         self.cache: PagedCache | None = None
-        self.hot: HotPool | None = None
-        """There is no cold store on CUDA."""
+        self.hot: DevicePool | None = None
+        """Where the cache is in a cold store."""
         self.is_dense = self.is_windowed
 
     @property
@@ -76,7 +77,7 @@ class DeviceImpl(TritonAttentionImpl):
 
     def bind(
         self, kv_cache: torch.Tensor, shape: LayerShape, scales: tuple[float, float] = (1.0, 1.0),
-        hot: HotPool | None = None, observers: Observers | None = None,
+        hot: DevicePool | None = None, observers: Observers | None = None,
         rotary: Rotary | None = None,
     ) -> None:  # fmt: skip
         """Takes the layer's cache and allocates what the layer remembers.
@@ -85,7 +86,7 @@ class DeviceImpl(TritonAttentionImpl):
             kv_cache: ``[pages, Hk, P, 2 * D]``, in any of vLLM's layouts.
             shape: The layer's geometry.
             scales: Unused: quantised caches are refused.
-            hot: Unused: offloading is refused.
+            hot: The layer's pool, where the cache is in a cold store.
             observers: Unused: audits and traces are refused.
             rotary: Unused: fixed positions are refused.
 
@@ -93,7 +94,9 @@ class DeviceImpl(TritonAttentionImpl):
             KvplugError: There is no memory left for it.
         """
         assert self.pipeline is not None
-        self.cache = cache_of(kv_cache)
+        self.cache, self.hot = cache_of(kv_cache), hot
+        if hot is not None:
+            self.pipeline.pools.append(hot)
         try:
             self.stages = self.pipeline.make_layer(shape, self.cache)
         except torch.OutOfMemoryError as error:
@@ -125,6 +128,8 @@ class DeviceImpl(TritonAttentionImpl):
         if plan.stream is not None:
             self.stages.watch(query[:tokens], key[:tokens], plan)
         self.stages.write(key[:tokens], plan)
+        if self.hot is not None:
+            self.hot.write(key[:tokens], value[:tokens], plan.slots)
         if plan.sparse is None:
             return self._stock(
                 layer, query, key, value, kv_cache, attn_metadata, output, output_scale,
@@ -151,7 +156,15 @@ class DeviceImpl(TritonAttentionImpl):
         assert self.cache is not None
         assert plan.sparse is not None
         rows = self.stages.select(query, plan, plan.sparse)
-        self.attend(query, output, self.cache, plan.sparse, rows)
+        if self.hot is None:
+            self.attend(query, output, self.cache, plan.sparse, rows)
+            return
+        for turn in plan.turns:
+            mine = PageRows(*(column[turn.rows] for column in rows))
+            rest = PageRows(*(column[turn.rows.stop :] for column in rows))
+            slots = self.hot.place(mine, turn.most, rest if len(rest.lengths) else None)
+            self.attend(query, output, self.hot.cache, turn.windows, slots)
+        self.hot.tell()
 
     def fused_output_quant_supported(self, quant_key: Any) -> bool:
         """Not for windows that select pages."""

@@ -51,6 +51,14 @@ class DeviceMemory(ABC):
             plan: The step.
         """
 
+    def begin(self, pages: torch.Tensor, cache: PagedCache) -> None:  # noqa: B027, few have any
+        """Learns what there is to learn from contexts' first tokens, when all are there.
+
+        Args:
+            pages: ``[m, n]`` int32 first pages of contexts.
+            cache: The layer's.
+        """
+
     @abstractmethod
     def score(
         self, vectors: torch.Tensor, counts: torch.Tensor, windows: SparseWindows, far: FarPages,
@@ -149,19 +157,21 @@ class ChannelMemory(DeviceMemory):
         return (self.codes, self.chosen, self.scales)
 
     def write(self, keys: torch.Tensor, cache: PagedCache, plan: DevicePlan) -> None:
-        """Chooses the channels of contexts that begin, then encodes; see the base class."""
-        channels = self.chosen, self.scales
+        """Encodes, for contexts that begin with their channels; see the base class."""
         if len(plan.begun):
-            pages = plan.block_table[plan.begun.long(), : self.first_pages]  # [m, n]
-            first = cache.keys[pages.long()].flatten(1, 2)  # [m, n * P, Hk, D]
-            channel_choice(first, pages[:, 0].contiguous(), *channels)
-            page = first.shape[1] // self.first_pages
-            slots = pages.long()[:, :, None] * page + torch.arange(page, device=pages.device)
-            firsts = pages[:, 0].repeat_interleave(first.shape[1])
-            channel_codes(first.flatten(0, 1), slots.flatten(), firsts, *channels, self.codes)
-        firsts = plan.block_table[:, 0][plan.rows.clamp(min=0).long()]
-        firsts = torch.where(plan.rows >= 0, firsts, -1)
-        channel_codes(keys, plan.slots, firsts, *channels, self.codes)
+            pages = plan.block_table.index_select(0, plan.begun)
+            self.begin(pages[:, : self.first_pages].contiguous(), cache)
+        channel_codes(keys, plan.slots, plan.firsts, self.chosen, self.scales, self.codes)
+
+    def begin(self, pages: torch.Tensor, cache: PagedCache) -> None:
+        """Chooses the channels of contexts and encodes their first tokens; see the base class."""
+        channels = self.chosen, self.scales
+        first = cache.keys[pages.long()].flatten(1, 2)  # [m, n * P, Hk, D]
+        channel_choice(first, pages[:, 0].contiguous(), *channels)
+        page = first.shape[1] // self.first_pages
+        slots = pages.long()[:, :, None] * page + torch.arange(page, device=pages.device)
+        firsts = pages[:, 0].repeat_interleave(first.shape[1])
+        channel_codes(first.flatten(0, 1), slots.flatten(), firsts, *channels, self.codes)
 
     def score(
         self, vectors: torch.Tensor, counts: torch.Tensor, windows: SparseWindows, far: FarPages,

@@ -15,13 +15,15 @@ from vllm.v1.attention.backends.triton_attn import (
     TritonAttentionMetadataBuilder,
 )
 
+from kvplug.attention.device.decode_plan import DecodePlans
 from kvplug.attention.device.pipeline import DevicePipeline
 from kvplug.attention.device.plan import DenseRows, DevicePlan, Lengths
 from kvplug.errors import KvplugError
+from kvplug.policies import make_stages
 from kvplug.selection import options_of
 
 if TYPE_CHECKING:
-    from vllm.v1.kv_cache_interface import AttentionSpec
+    from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheSpec
 
 
 @dataclass
@@ -40,8 +42,15 @@ class DeviceMetadata(TritonAttentionMetadata):
 class DeviceMetadataBuilder(TritonAttentionMetadataBuilder):
     """Plans each step; owns the pipeline that its layers share."""
 
-    # A plan's shapes follow the batch, and no captured graph was ever tried.
-    _cudagraph_support = AttentionCGSupport.NEVER
+    @classmethod
+    def get_cudagraph_support(
+        cls, vllm_config: VllmConfig, kv_cache_spec: KVCacheSpec
+    ) -> AttentionCGSupport:
+        """Decoded tokens, where the user asks for it: no GPU has captured a graph of it yet."""
+        config = options_of(vllm_config)
+        if make_stages(config.policy, config.options).graphs:
+            return AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+        return AttentionCGSupport.NEVER
 
     def __init__(
         self,
@@ -60,11 +69,26 @@ class DeviceMetadataBuilder(TritonAttentionMetadataBuilder):
         self.supports_draft_decode_metadata_update = False
         config = options_of(vllm_config)
         self.pipeline = DevicePipeline(config, self.block_size, kv_cache_spec.num_kv_heads)
+        if self.pipeline.stages.graphs:
+            self.pipeline.decode_plans = _decode_plans(vllm_config, device)
         layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
         for layer in layers.values():
             layer.impl.adopt(self.pipeline)
         # Without vLLM's hybrid cache manager the layers of a group need not be alike.
         self.windowed = all(layer.impl.is_windowed for layer in layers.values())
+
+    def build_for_cudagraph_capture(
+        self, common_attn_metadata: CommonAttentionMetadata
+    ) -> DeviceMetadata:
+        """Of vLLM's made-up batch of one token a request, which no metric counts."""
+        common = common_attn_metadata
+        made_up = {
+            "is_prefilling": torch.zeros(common.num_reqs, dtype=torch.bool),
+            "seq_lens_cpu_upper_bound": torch.ones(common.num_reqs, dtype=torch.int32),
+        }
+        metadata = self._build(0, replace(common, **made_up), captured=True)
+        metadata.seq_lens.fill_(1)  # as vLLM does for its own kernel: captures would take long
+        return metadata
 
     def build(
         self,
@@ -77,23 +101,37 @@ class DeviceMetadataBuilder(TritonAttentionMetadataBuilder):
         Raises:
             KvplugError: A model runner that does not say what windows are cut by.
         """
-        stock = super().build(common_prefix_len, common_attn_metadata, fast_build)
+        return self._build(common_prefix_len, common_attn_metadata, fast_build)
+
+    def _build(
+        self, prefix: int, common: CommonAttentionMetadata, fast: bool = False, *,
+        captured: bool = False,
+    ) -> DeviceMetadata:  # fmt: skip
+        """See :meth:`build`."""
+        stock = super().build(prefix, common, fast)
         metadata = DeviceMetadata(**vars(stock))
         if self.windowed:
             return metadata
-        common = common_attn_metadata
         lengths = common.seq_lens_cpu_upper_bound  # exact: speculative decoding is refused
         if common.is_prefilling is None or lengths is None or common.causal is not True:
             raise KvplugError("kvplug serves causal decoding by vLLM's own model runner only.")
-        known = Lengths(
-            common.query_start_loc_cpu.numpy(), lengths.numpy(), common.is_prefilling.numpy()
-        )
-        if is_dummy(known):
+        prefilling = np.zeros(len(lengths), np.bool_)  # vLLM says it of rows without padding
+        prefilling[: len(common.is_prefilling)] = common.is_prefilling.numpy()
+        known = Lengths(common.query_start_loc_cpu.numpy(), lengths.numpy(), prefilling)
+        where = common.block_table_tensor, common.slot_mapping
+        if is_dummy(known) and not captured:
             return metadata
-        metadata.plan = self.pipeline.plan(known, common.block_table_tensor, common.slot_mapping)
+        metadata.plan = self.pipeline.plan(known, *where, counted=not captured)
         if metadata.plan is not None and metadata.plan.dense is not None:
             metadata.dense = dense_metadata(stock, metadata.plan.dense)
         return metadata
+
+
+def _decode_plans(vllm_config: VllmConfig, device: torch.device) -> DecodePlans:
+    """For the largest batch that vLLM may pad one to."""
+    captured = vllm_config.compilation_config.max_cudagraph_capture_size or 0
+    requests = max(vllm_config.scheduler_config.max_num_seqs, captured)
+    return DecodePlans(requests, vllm_config.model_config.max_model_len, device)
 
 
 def is_dummy(lengths: Lengths) -> bool:

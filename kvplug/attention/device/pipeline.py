@@ -13,15 +13,24 @@ import torch
 
 from kvplug.attention.device.attended import FarPagesAttended
 from kvplug.attention.device.budgets import make_budget
+from kvplug.attention.device.decode_plan import DecodePlans
 from kvplug.attention.device.filled import chunk_ends
 from kvplug.attention.device.memories import make_memory
 from kvplug.attention.device.memory import DeviceMemory, first_pages
-from kvplug.attention.device.plan import DevicePlan, Lengths, SparseWindows, make_plan
+from kvplug.attention.device.plan import (
+    DevicePlan,
+    Lengths,
+    SparseWindows,
+    find_first_tokens,
+    make_plan,
+)
 from kvplug.attention.device.probes import make_probe
 from kvplug.attention.device.selects import make_select
-from kvplug.attention.device.send import ALIGNED
+from kvplug.attention.device.send import ALIGNED, send
+from kvplug.attention.device.turns import Pool, Turn, decode_turns, turns_of
 from kvplug.attention.device.watchers import BoundLayer, DeviceState
 from kvplug.config import KvplugConfig
+from kvplug.errors import KvplugError
 from kvplug.kernels.page_rows import Contexts, PageRows, page_rows
 from kvplug.kernels.top_pages import candidates_shape, top_pages
 from kvplug.pipeline import region_sizes
@@ -30,6 +39,7 @@ from kvplug.selection_counts import SelectionCounts
 
 if TYPE_CHECKING:
     from kvplug.kernels.paged_attention import PagedCache
+    from kvplug.offload.device_pool import DevicePool
     from kvplug.pages import PageGeometry
     from kvplug.stage import LayerShape
 
@@ -37,10 +47,16 @@ SCRATCH = 64 * 2**20
 """Bytes of scores and what leads to them that a layer has at a time; more windows go in turns."""
 
 
-def row_width(geometry: PageGeometry) -> int:
-    """Pages of the widest row of a window that selects."""
+def row_width(geometry: PageGeometry, *, dense: bool = False) -> int:
+    """Pages of the widest row of a window that selects.
+
+    Args:
+        geometry: Region sizes.
+        dense: Whether windows that attend to everything have rows too.
+    """
     local_pages = -(-(geometry.local + geometry.window) // geometry.page) + 1
-    return geometry.sink_pages + geometry.most_pages + local_pages
+    width = geometry.sink_pages + geometry.most_pages + local_pages
+    return max(width, -(-geometry.dense_below // geometry.page)) if dense else width
 
 
 class DeviceLayer:
@@ -93,10 +109,12 @@ class DeviceLayer:
             plan: The step.
             windows: Its sparse windows.
         """
-        heads, geometry = self.shape.num_kv_heads, self.pipeline.geometry
-        size = len(windows) * heads, row_width(geometry)
-        # FlashAttention may look a page up behind a row's pages: it must be one.
-        table = queries.new_zeros(size, dtype=torch.int32)
+        heads, pipeline = self.shape.num_kv_heads, self.pipeline
+        geometry = pipeline.geometry
+        size = len(windows) * heads, pipeline.row_width
+        # Others' kernels may look a page up behind a row's pages: it must be one.
+        ours = pipeline.stages.attend in (None, "triton")
+        table = (queries.new_empty if ours else queries.new_zeros)(size, dtype=torch.int32)
         rows = PageRows(table, queries.new_empty(size[:1], dtype=torch.int32))
         for sealer in self.sealers:
             far = windows.contexts(plan.block_table, geometry.page).far
@@ -169,10 +187,16 @@ class DevicePipeline:
         """Whether a layer has anything that learns from steps."""
         self.layers: list[DeviceLayer] = []
         self._counts = SelectionCounts()
+        self.decode_plans: DecodePlans | None = None
+        """What plans steps of decoded tokens for graphs; None: there are none."""
+        self._begun: torch.Tensor | None = None
+        """``[m, n]`` first pages of contexts that began in a step which was to learn nothing."""
         self.first_tokens = 0
         """Of a context, that are learnt from when all are there."""
         self.chunk_pages = 0
         """Of chunks that are learnt from when they are complete; 0: there are none."""
+        self.pools: list[DevicePool] = []
+        """Every layer's, or none."""
         self.trace: Any = None
         """Nothing is traced on a GPU."""
 
@@ -180,11 +204,27 @@ class DevicePipeline:
         """Gives windows another budget from the next step on, as the pipeline on CPU does.
 
         Raises:
-            KvplugError: It does not fit the page; the old one then stays.
+            KvplugError: It does not fit the page or the hot pool, or graphs have the old one; that
+                then stays.
         """
+        if self.decode_plans is not None:
+            raise KvplugError("Beside option 'graphs' the budget stays: graphs keep theirs.")
         config = KvplugConfig.parse({**self.config.model_dump(), "budget": tokens})
-        self.geometry = region_sizes(config, self.geometry.page)
-        self.config = config
+        geometry = region_sizes(config, self.geometry.page)
+        needed = row_width(geometry) * self.num_kv_heads
+        for pool in self.pools:
+            if needed > len(pool.pages):
+                raise KvplugError(
+                    f"A budget of {tokens} needs {needed} pages of KV heads in a layer's hot pool, "
+                    f"which has {len(pool.pages)}: ask for less, or raise kvplug option "
+                    f"offload.hot_gib."
+                )
+        self.config, self.geometry = config, geometry
+
+    @property
+    def row_width(self) -> int:
+        """See :func:`row_width`; where graphs are asked for, all decoded tokens have rows."""
+        return row_width(self.geometry, dense=self.decode_plans is not None)
 
     def make_layer(self, shape: LayerShape, cache: PagedCache) -> DeviceLayer:
         """A layer, with what it remembers."""
@@ -196,21 +236,65 @@ class DevicePipeline:
         return layer
 
     def plan(
-        self, lengths: Lengths, block_table: torch.Tensor, slots: torch.Tensor
-    ) -> DevicePlan | None:
-        """Plans one step; see :func:`make_plan`. None: the recipe attends to everything."""
+        self, lengths: Lengths, block_table: torch.Tensor, slots: torch.Tensor, *,
+        counted: bool = True,
+    ) -> DevicePlan | None:  # fmt: skip
+        """Plans one step; see :func:`make_plan`. None: the recipe attends to everything.
+
+        Args:
+            lengths: Of the batch, on the host.
+            block_table: ``[B, max_pages]`` int32 on the device.
+            slots: ``[T]`` int64 on the device, or more.
+            counted: Whether what the step selects goes into :attr:`counts`.
+        """
         if self.stages.always_dense:
             self._counts.dense_tokens += int(lengths.query_start[-1])
             return None
-        plan = make_plan(
-            lengths, block_table, slots, self.geometry, self.first_tokens, watched=self.watched
-        )
+        self._learn_begun()
+        is_fixed = self.decode_plans is not None and self.decode_plans.serves(lengths)
+        if self.decode_plans is not None and is_fixed:
+            known = self.geometry, self.first_tokens
+            plan = self.decode_plans.plan(lengths, block_table, slots, *known)
+            self._note_begun(lengths, block_table)
+        else:
+            plan = make_plan(
+                lengths, block_table, slots, self.geometry, self.first_tokens, watched=self.watched
+            )
         if self.chunk_pages:
             sizes = self.geometry.page, self.chunk_pages
             plan = plan._replace(chunks=chunk_ends(lengths, *sizes, block_table.device))
-        rows = self.num_kv_heads * len(self.layers)
-        self._counts.add(plan.windows, self.geometry.page, rows, varies=self.stages.budget.varies)
+        if self.pools and plan.sparse is not None:
+            plan = plan._replace(turns=self._turns(plan, plan.sparse, is_fixed=is_fixed))
+        if counted:
+            rows, varies = self.num_kv_heads * len(self.layers), self.stages.budget.varies
+            self._counts.add(plan.windows, self.geometry.page, rows, varies=varies)
+            for pool in self.pools:
+                pool.count(int(lengths.query_start[-1]), len(plan.turns))
         return plan
+
+    def _turns(self, plan: DevicePlan, sparse: SparseWindows, *, is_fixed: bool) -> list[Turn]:
+        """Turns of a step; fixed ones are those of a graph."""
+        slots, page = min(len(pool.pages) for pool in self.pools), self.geometry.page
+        pool = Pool(self.row_width, self.num_kv_heads, slots)
+        if is_fixed:
+            assert self.decode_plans is not None
+            return decode_turns(sparse, -(-self.decode_plans.longest // page), pool)
+        return turns_of(plan, page, pool)
+
+    def _note_begun(self, lengths: Lengths, block_table: torch.Tensor) -> None:
+        """Keeps the first pages of the contexts that begin, until the step has filled them."""
+        begun = find_first_tokens(lengths, self.first_tokens)[1]
+        if self.first_tokens and len(begun):
+            pages = block_table.index_select(0, send(begun, block_table.device))
+            self._begun = pages[:, : self.first_tokens // self.geometry.page].contiguous()
+
+    def _learn_begun(self) -> None:
+        """Learns what the last step did not."""
+        if self._begun is not None:
+            for layer in self.layers:
+                if layer.memory is not None:
+                    layer.memory.begin(self._begun, layer.cache)
+            self._begun = None
 
     @property
     def counts(self) -> SelectionCounts:

@@ -9,7 +9,8 @@ recipe has something that watches, the same copy brings it all windows (:mod:`.s
 from __future__ import annotations
 
 import itertools
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -21,6 +22,9 @@ from kvplug.kernels.far_pages import FarPages
 from kvplug.kernels.page_rows import Contexts
 from kvplug.pages import PageGeometry
 from kvplug.windows import Flags, Ints, Windows, cut_windows
+
+if TYPE_CHECKING:
+    from kvplug.attention.device.turns import Turn
 
 
 class Lengths(NamedTuple):
@@ -112,8 +116,8 @@ class DevicePlan(NamedTuple):
     """``[T]`` int64 on the device; negative ones are padding."""
     windows: Windows
     """On the host, all of them."""
-    rows: torch.Tensor
-    """``[T]`` int32 row of the block table of each token, or -1 for one of its context's first."""
+    firsts: torch.Tensor
+    """``[T]`` int32 first page of each token's context, or -1 for one of the context's first."""
     begun: torch.Tensor
     """``[m]`` int32 rows whose contexts have all of their first tokens for the first time."""
     sparse: SparseWindows | None
@@ -124,6 +128,8 @@ class DevicePlan(NamedTuple):
     """All windows, for what watches; None where nothing does."""
     chunks: ChunkEnds | None = None
     """Chunks that the step completes, for an index that has chunks."""
+    turns: Sequence[Turn] = ()
+    """Sparse windows that are attended together, where there is a hot pool."""
 
 
 def make_plan(
@@ -141,13 +147,13 @@ def make_plan(
         watched: Whether to bring the stream.
     """
     windows = cut_windows(*lengths, geometry)
-    order = _singles_first(windows)
+    order = singles_first(windows)
     singles = int((windows.num_tokens[order] == 1).sum())
     dense = np.flatnonzero(~windows.sparse)[: None if len(order) else 0].astype(np.int32)
     stream = _stream(lengths, geometry, order) if watched else None
     of_tokens, of_dense, of_sparse, of_stream = _send(
         block_table.device,
-        _first_tokens(lengths, first_tokens),
+        find_first_tokens(lengths, first_tokens),
         (*_tokens(windows, dense), windows.request[dense], windows.context_end[dense]),
         (
             *_tokens(windows, order[singles:]), *(column[order] for column in windows[:6]),
@@ -165,8 +171,9 @@ def make_plan(
         dense_rows = DenseRows(tokens, request, query_start, seq_lens, *longest)
     slots = slots[: int(lengths.query_start[-1])]
     rows, begun = of_tokens
+    firsts = first_pages_of(rows, block_table)
     sent = None if stream is None else stream.on_device(of_stream)
-    return DevicePlan(block_table, slots, windows, rows, begun, sparse, dense_rows, sent)
+    return DevicePlan(block_table, slots, windows, firsts, begun, sparse, dense_rows, sent)
 
 
 def _stream(lengths: Lengths, geometry: PageGeometry, order: Ints) -> HostStream:
@@ -176,8 +183,23 @@ def _stream(lengths: Lengths, geometry: PageGeometry, order: Ints) -> HostStream
     return HostStream.of(windows, lengths.is_prefilling, np.argsort(order), *sizes)
 
 
-def _first_tokens(lengths: Lengths, first_tokens: int) -> tuple[Ints, Ints]:
-    """See :class:`DevicePlan`: ``rows`` and ``begun``."""
+def first_pages_of(rows: torch.Tensor, block_table: torch.Tensor) -> torch.Tensor:
+    """See :attr:`DevicePlan.firsts`.
+
+    Args:
+        rows: ``[T]`` int32 rows of the block table, negative for a context's first tokens.
+        block_table: ``[B, max_pages]`` int32.
+    """
+    return torch.where(rows < 0, -1, block_table[:, 0].index_select(0, rows.clamp(min=0)))
+
+
+def find_first_tokens(lengths: Lengths, first_tokens: int) -> tuple[Ints, Ints]:
+    """Each token's row of the block table, or -1 for one of its context's first; and ``begun``.
+
+    Args:
+        lengths: Of the batch.
+        first_tokens: Tokens at a context's start that are learnt from when all are there.
+    """
     counts = np.diff(lengths.query_start)
     before = lengths.seq_lens - counts
     rows = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
@@ -195,7 +217,7 @@ def _tokens(windows: Windows, rows: Ints) -> tuple[Ints, Ints]:
     return np.arange(starts[-1], dtype=np.int32) + shift, starts
 
 
-def _singles_first(windows: Windows) -> Ints:
+def singles_first(windows: Windows) -> Ints:
     """Numbers of the sparse windows, in order but for those of one token, which come first."""
     rows = np.flatnonzero(windows.sparse).astype(np.int32)
     return rows[np.argsort(windows.num_tokens[rows] > 1, kind="stable")]

@@ -24,7 +24,7 @@ from kvplug.select.top_pages import TopPages
 from kvplug.select.union import Union
 
 if TYPE_CHECKING:
-    from kvplug.config import KvplugConfig
+    from kvplug.config import KvplugConfig, OffloadConfig
     from kvplug.policies.base import Stages
     from kvplug.stage import Stage
 
@@ -69,6 +69,59 @@ def check_recipe(stages: Stages) -> None:
         raise KvplugError(f"Merge {stages.merge!r} runs on CPUs only: on CUDA use merge 'exact'.")
 
 
+def check_offload(vllm_config: Any, offload: OffloadConfig) -> None:
+    """Refuses what pages that leave a GPU are not served with.
+
+    Args:
+        vllm_config: vLLM's ``VllmConfig``.
+        offload: The user's tiers.
+
+    Raises:
+        KvplugError: With the reason.
+    """
+    refusals = {
+        f"tier {offload.tier!r}": (offload.tier != "host", "use tier 'host'"),
+        f"eviction {offload.eviction!r}": (offload.eviction != "lru", "use eviction 'lru'"),
+        f"prefetch {', '.join(offload.prefetch)}": (bool(offload.prefetch), "leave it out"),
+    }
+    for what, (asked, instead) in refusals.items():
+        if asked:
+            raise KvplugError(
+                f"kvplug option offload: {what} runs on CPUs only: on CUDA {instead}."
+            )
+    workers = vllm_config.parallel_config.world_size
+    if workers > 1:
+        raise KvplugError(
+            f"kvplug option offload was never tried with several GPUs, and this engine has "
+            f"{workers}: use one, or leave out offload."
+        )
+
+
+def check_graphs(stages: Stages) -> None:
+    """Refuses CUDA graphs beside what launches other kernels from step to step.
+
+    Raises:
+        KvplugError: With the stage, or what attends.
+    """
+    captured: tuple[tuple[Stage | None, tuple[type[Stage], ...]], ...] = (
+        (stages.index, (Channels, MinMax, SimHash)),
+        (stages.probe, (LastAndActivatedProbe, MeanProbe)),
+        (stages.budget, (FixedBudget, NoBudget)),
+        (stages.select, (TopPages,)),
+    )
+    for stage, kinds in captured:
+        if stage is not None and type(stage) not in kinds:
+            names = ", ".join(kind.name for kind in kinds)
+            raise KvplugError(
+                f"Option 'graphs' does not go with {stage.kind} {stage.name!r}, whose kernels "
+                f"differ from step to step: leave it out, or choose one of {names}."
+            )
+    if stages.attend not in (None, "triton"):
+        raise KvplugError(
+            f"Option 'graphs' does not go with attend {stages.attend!r}: leave one of them out."
+        )
+
+
 def check_engine(vllm_config: Any, config: KvplugConfig, stages: Stages, page: int) -> None:
     """Refuses what the backend for CUDA does not serve.
 
@@ -82,6 +135,10 @@ def check_engine(vllm_config: Any, config: KvplugConfig, stages: Stages, page: i
         KvplugError: With the reason.
     """
     check_recipe(stages)
+    if stages.graphs:
+        check_graphs(stages)
+    if config.offload is not None:
+        check_offload(vllm_config, config.offload)
     if page not in PAGES:
         raise KvplugError(f"--block-size on CUDA must be one of {PAGES} for kvplug, not {page}.")
     if config.window > LONGEST_WINDOW:
@@ -109,7 +166,6 @@ def check_engine(vllm_config: Any, config: KvplugConfig, stages: Stages, page: i
         "cudagraph_mode FULL": graphs is not None and graphs.name == "FULL",
         # Its kernels are compiled when they are first called.
         "--jit-monitor-mode error": vllm_config.observability_config.jit_monitor_mode == "error",
-        "kvplug option offload": config.offload is not None,
         "kvplug option audit": bool(config.audit),
         "kvplug option trace": config.trace is not None,
         "kvplug option positions='fixed'": config.positions == "fixed",

@@ -13,8 +13,9 @@ import torch
 from kvplug.attention.device.query_statistics import DeviceQueryStatistics
 from kvplug.probe.query_statistics import QueryStatistics
 from tests.attention.device.schedule import schedule
+from tests.attention.device.stock import stand_in
 from tests.attention.device.test_impl import close
-from tests.attention.device.world import SMALL, World, stand_in
+from tests.attention.device.world import SMALL, World
 from tests.made_up import Piece
 
 ACTIVATION: dict[str, Any] = {"probe": "activation"}

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from tests.attention.device.schedule import schedule
+from tests.attention.device.stock import stand_in
 from tests.attention.device.test_entropy import LAYERS, agrees, assert_same_densities
-from tests.attention.device.world import SMALL, World, stand_in
+from tests.attention.device.world import SMALL, World
 
 PROMPTS = {0: 230, 1: 70, 2: 241}
 

@@ -10,8 +10,9 @@ import torch
 from kvplug.attention.device.bucket_memory import BucketMemory
 from kvplug.attention.device.selects import DeviceUnion
 from kvplug.index.buckets import BucketIndex
+from tests.attention.device.stock import stand_in
 from tests.attention.device.test_local_mass import MIXED, PAGE, agrees, walk
-from tests.attention.device.world import Content, Shape, World, stand_in
+from tests.attention.device.world import Content, Shape, World
 from tests.made_up import Piece
 
 FEWER = {"last": 2, "active": 1}

@@ -12,7 +12,8 @@ from kvplug.attention.device.chunk_memory import ChunkMemory
 from kvplug.attention.device.filled import chunk_ends
 from kvplug.attention.device.plan import Lengths
 from kvplug.index.chunk_mean import ChunkMeanIndex
-from tests.attention.device.world import Content, World, stand_in
+from tests.attention.device.stock import stand_in
+from tests.attention.device.world import Content, World
 from tests.made_up import Piece
 
 PAGE = 16

@@ -10,8 +10,9 @@ import torch
 from kvplug.attention.device.densities import DeviceDensities
 from kvplug.budget.density import Densities
 from tests.attention.device.schedule import schedule
+from tests.attention.device.stock import stand_in
 from tests.attention.device.test_impl import close
-from tests.attention.device.world import SMALL, World, stand_in
+from tests.attention.device.world import SMALL, World
 from tests.made_up import Piece
 
 LAYERS = 3

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.attention.device.world import SMALL, Shape, World, stand_in
+from tests.attention.device.stock import stand_in
+from tests.attention.device.world import SMALL, Shape, World
 from tests.made_up import Piece
 
 SHAPES = {

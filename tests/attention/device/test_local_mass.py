@@ -12,7 +12,8 @@ from kvplug.attention.device.representative_memory import RepresentativeMemory
 from kvplug.index.local_mass import LocalMass
 from kvplug.index.representative import RepresentativeIndex
 from kvplug.kernels.settled_pages import SETTLED
-from tests.attention.device.world import Content, Shape, World, stand_in
+from tests.attention.device.stock import stand_in
+from tests.attention.device.world import Content, Shape, World
 from tests.made_up import Piece
 
 PAGE = 16

@@ -9,7 +9,8 @@ import torch
 from kvplug.attention.device.memory import BoundMemory, ChannelMemory, SignMemory
 from kvplug.index.minmax import MinMaxIndex
 from kvplug.kernels.page_statistics import page_statistics_reference
-from tests.attention.device.world import World, stand_in
+from tests.attention.device.stock import stand_in
+from tests.attention.device.world import World
 from tests.made_up import Piece
 
 LENGTH = 150

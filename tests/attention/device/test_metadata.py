@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from vllm.platforms.interface import DeviceCapability
-from vllm.v1.attention.backend import AttentionCGSupport
 
 from kvplug.attention.backend import backend_of
 from kvplug.attention.cpu_backend import CpuBackend
@@ -31,13 +30,6 @@ def test_the_platform_decides() -> None:
     assert backend_of(platform("cuda")) is DeviceBackend
     with pytest.raises(KvplugError, match="on CPUs and CUDA only, not on xpu"):
         backend_of(platform("xpu"))
-
-
-def test_no_graph_is_captured() -> None:
-    builder = World("streaming").builder
-    spec: Any = None
-    assert builder.get_cudagraph_support(spec, spec) == AttentionCGSupport.NEVER
-    assert not builder.supports_draft_decode_metadata_update
 
 
 def test_blocks_are_pages() -> None:
@@ -124,7 +116,7 @@ def test_groups_of_layers_with_and_without_windows(
 ) -> None:
     """Without vLLM's hybrid cache manager they share one, and the layers without retrieve."""
     world = World("streaming")
-    impls, builder = layers_of(world.shape, world.config, 2, sliding)
+    impls, builder, _ = layers_of(world.shape, world.config, 2, sliding)
     assert [impl.retrieves for impl in impls] == [window is None for window in sliding]
     metadata = builder.build(0, world.common([Piece(0, 0, 5, True)]))
     assert (metadata.plan is not None) == planned

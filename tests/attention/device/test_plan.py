@@ -96,9 +96,9 @@ def test_contexts_begin_when_their_first_tokens_are_there(
     """Tokens before are encoded then, all at once; those behind, as they come."""
     plan = planned([Piece(1, 90, 1, False), piece])
     assert plan.begun.tolist() == ([1] if begun else [])
-    rows = plan.rows.tolist()
     known = piece.stop - first_known if first_known is not None else 0
-    assert rows == [0] + [-1] * (piece.tokens - known) + [1] * known
+    first = int(plan.block_table[1, 0])
+    assert plan.firsts.tolist() == [0] + [-1] * (piece.tokens - known) + [first] * known
 
 
 def test_a_span_of_windows() -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from vllm.exceptions import VLLMValidationError
 from vllm.platforms import current_platform
 
@@ -30,11 +32,24 @@ def on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
 def gpu_engine(options: dict[str, Any], **changed: Any) -> Any:
     config = engine(options, **changed)
     config.model_config.get_head_size = lambda: 128
-    config.model_config.dtype, config.cache_config.cache_dtype = "torch.bfloat16", "auto"
-    config.parallel_config.use_ubatching = False
+    config.parallel_config.use_ubatching, config.parallel_config.world_size = False, 1
+    config.model_config.dtype, config.cache_config.cache_dtype = torch.bfloat16, "auto"
+    config.model_config.get_num_layers = lambda parallel: 12
+    config.model_config.get_num_kv_heads = lambda parallel: 8
     config.compilation_config = SimpleNamespace(cudagraph_mode=None)
     config.observability_config = SimpleNamespace(jit_monitor_mode="warn")
     return config
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"attend": "flash"}, {"attend": "xformers"}, {"graphs": True}], ids=str
+)
+def test_pages_may_leave_the_gpu(options: dict[str, Any]) -> None:
+    """The scheduler sees as large a cache as is asked for."""
+    offload = {"tier": "host", "cold_gib": 3.0, "hot_gib": 0.5}
+    config = gpu_engine({"offload": offload, "options": options})
+    startup.adopt(config)
+    assert config.cache_config.kv_cache_memory_bytes == 3 * 2**30
 
 
 @pytest.mark.parametrize(
@@ -103,7 +118,16 @@ def test_probes_that_are_not(probe: Probe) -> None:
         ({"trace": "trace.jsonl"}, {}, "option trace"),
         ({"policy": "hcam", "options": {"merge": "coarse"}}, {}, "use merge 'exact'"),
         ({"window": 16384}, {}, "window=16384 is more than its kernels take: up to 8192"),
-        ({"offload": {"tier": "host"}}, {}, "option offload"),
+        ({"offload": {"tier": "disk", "path": "."}}, {},
+         "tier 'disk' runs on CPUs only: on CUDA use tier 'host'"),
+        ({"offload": {"tier": "host", "eviction": "mass"}}, {},
+         "eviction 'mass' runs on CPUs only: on CUDA use eviction 'lru'"),
+        ({"offload": {"tier": "host", "prefetch": ["last", "events"]}}, {},
+         "prefetch last, events runs on CPUs only: on CUDA leave it out"),
+        ({"offload": {"tier": "host"}}, {"parallel_config__world_size": 2},
+         "never tried with several GPUs, and this engine has 2"),
+        ({"offload": {"tier": "host", "hot_gib": 0.1}}, {},
+         "hot_gib=0.1 is too small: one window's pages in 10 layers take 0.1575 GiB"),
         ({}, {"parallel_config__use_ubatching": True}, "--ubatch-size"),
         ({}, {"cache_config__block_size": 256, "cache_config__user_specified_block_size": True},
          "--block-size on CUDA must be one of"),
@@ -147,6 +171,35 @@ def test_attend_is_a_choice_on_cuda_only(monkeypatch: pytest.MonkeyPatch) -> Non
         startup.adopt(gpu_engine({"options": {"attend": "flesh"}}))
     with pytest.raises(KvplugError, match="'attend' would have no effect"):
         startup.adopt(gpu_engine({"policy": "dense", "options": {"attend": "flash"}}))
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"options": {"graphs": True}}, None),
+        ({"policy": "streaming", "options": {"graphs": True}}, None),
+        ({"policy": "quest", "options": {"graphs": True, "attend": "triton"}}, None),
+        ({"policy": "actqkv", "options": {"graphs": True}}, "index 'representative'"),
+        ({"policy": "hcam", "options": {"graphs": True}}, "index 'chunk_mean'"),
+        ({"options": {"graphs": True, "probe": "activation"}}, "probe 'activation'"),
+        ({"options": {"graphs": True, "budget": "entropy"}}, "budget 'entropy'"),
+        ({"options": {"graphs": True, "attend": "flash"}}, "attend 'flash'"),
+        ({"options": {"graphs": 1}}, "'graphs' must be true or false, not 1"),
+        ({"policy": "dense", "options": {"graphs": True}}, "'graphs' would have no effect"),
+    ],
+    ids=str,
+)
+def test_graphs_go_with_what_launches_the_same_kernels(
+    options: dict[str, Any], reason: str | None
+) -> None:
+    with nullcontext() if reason is None else pytest.raises(KvplugError, match=reason):
+        startup.adopt(gpu_engine(options))
+
+
+def test_graphs_are_for_cuda_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(startup, "_is_on_cpu", lambda: True)
+    with pytest.raises(KvplugError, match="is for CUDA graphs"):
+        startup.adopt(gpu_engine({"options": {"graphs": True}}))
 
 
 def test_requests_that_ask_for_something_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from tests.attention.device.schedule import schedule
+from tests.attention.device.stock import stand_in
 from tests.attention.device.test_impl import close
-from tests.attention.device.world import SMALL, World, stand_in
+from tests.attention.device.world import SMALL, World
 
 
 @pytest.mark.parametrize(

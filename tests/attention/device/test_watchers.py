@@ -9,7 +9,8 @@ import torch
 
 from kvplug.attention.device.probes import make_probe
 from kvplug.attention.device.watchers import BoundLayer, DeviceState, DeviceWatcher
-from tests.attention.device.world import World, stand_in
+from tests.attention.device.stock import stand_in
+from tests.attention.device.world import World
 from tests.made_up import Piece
 
 PIECES = [Piece(0, 0, 64, True), Piece(0, 64, 96, True), Piece(0, 160, 1, False)]

@@ -22,8 +22,10 @@ from kvplug.attention.attend.xformers import XformersAttend, runs
 from kvplug.attention.attend.xformers_operator import TRITON_BEFORE, operator_of
 from kvplug.errors import KvplugError
 from tests.attention.device.block_pointers import Language
+from tests.attention.device.pooled import PooledWorld
+from tests.attention.device.stock import stand_in
 from tests.attention.device.test_impl import MIXED, ROUNDING
-from tests.attention.device.world import DEVICE, SMALL, Shape, World, empty_cache, stand_in
+from tests.attention.device.world import DEVICE, SMALL, Shape, World, empty_cache
 from tests.kernels.conftest import HAS_GPU
 from tests.made_up import Piece
 
@@ -65,6 +67,20 @@ def calls(triton_of_kernels: None, monkeypatch: pytest.MonkeyPatch) -> list[int]
 def world_of(shape: Shape, layout: str, monkeypatch: pytest.MonkeyPatch) -> World:
     stand_in(monkeypatch, shape)
     return World("streaming", shape, layout, options={"attend": "xformers"})
+
+
+@pytest.mark.parametrize("slots", [16, 100], ids=["in turns", "at once"])
+def test_it_reads_a_hot_pool(slots: int, calls: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the bit as it reads the cache; all heads in one call, though the cache is token-major."""
+    plain = world_of(SMALL, "LBNHC", monkeypatch)
+    pooled = PooledWorld("streaming", slots, SMALL, "LBNHC", options={"attend": "xformers"})
+    for world in (plain, pooled):
+        world.fill(MIXED)
+    expected = plain.step(MIXED)
+    separate = len(calls)
+    assert torch.equal(pooled.step(MIXED), expected)
+    assert separate == 4
+    assert len(calls) - separate == (2 if slots == 100 else pooled.turns)
 
 
 @pytest.mark.parametrize("layout", ["LBNHC", "LBHNC"])

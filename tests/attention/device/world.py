@@ -11,11 +11,9 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
-import pytest
 import torch
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backend import CommonAttentionMetadata
-from vllm.v1.attention.backends.triton_attn import TritonAttentionImpl
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from kvplug.attention.device.impl import DeviceImpl
@@ -94,7 +92,7 @@ class World:
         """Requests with the content of another."""
         self._content: dict[int, Content] = {}
         self._free = (torch.randperm(shape.num_pages - 1) + 1).tolist()
-        self.impls, self.builder = layers_of(shape, self.config, layers)
+        self.impls, self.builder, self.vllm_config = layers_of(shape, self.config, layers)
         self.impl = self.impls[0]
         self.geometry = geometry = LayerShape(
             num_pages=shape.num_pages, num_kv_heads=shape.kv_heads, page=shape.page,
@@ -210,13 +208,18 @@ class World:
     def enter(self, pieces: list[Piece]) -> tuple[DeviceMetadata, torch.Tensor, torch.Tensor]:
         """Plans a step and puts its keys and values ``[T, Hk, D]`` into the cache."""
         metadata = self.builder.build(0, self.common(pieces))
+        self.metadata = metadata
+        return metadata, self.put(pieces), self.new(pieces, 1)
+
+    def put(self, pieces: list[Piece]) -> torch.Tensor:
+        """Puts a step's keys and values into the cache; the keys ``[T, Hk, D]``."""
         keys, values = self.new(pieces, 0), self.new(pieces, 1)
-        slots, page = metadata.slot_mapping[: len(keys)], self.shape.page
+        slots = torch.cat([self.slots(p.request, p.start, p.stop) for p in pieces]).to(DEVICE)
+        page = self.shape.page
         self.cache[slots // page, :, slots % page] = torch.cat([keys, values], -1)
         rows, slots = self.cpu_keys.view(-1, self.shape.kv_heads, page, self.shape.dim), slots.cpu()
         rows[slots // page, :, slots % page] = keys.float().cpu()
-        self.metadata = metadata
-        return metadata, keys, values
+        return keys
 
     def new(self, pieces: list[Piece], which: int) -> torch.Tensor:
         """``[T, ...]`` keys, values or queries of a step."""
@@ -321,7 +324,7 @@ def empty_cache(shape: Shape, layout: str) -> torch.Tensor:
 
 def layers_of(
     shape: Shape, config: KvplugConfig, count: int, sliding: Sequence[int | None] = ()
-) -> tuple[list[DeviceImpl], DeviceMetadataBuilder]:
+) -> tuple[list[DeviceImpl], DeviceMetadataBuilder, Any]:
     """vLLM's classes for CUDA as vLLM makes them, from a config with no more than they read.
 
     The first layers have the model's sliding windows, if any are given.
@@ -329,7 +332,7 @@ def layers_of(
     heads = shape.kv_heads * shape.group
     model = SimpleNamespace(
         get_num_kv_heads=lambda _: shape.kv_heads, get_head_size=lambda: shape.dim,
-        get_num_attention_heads=lambda _: heads, rswa_window=None,
+        get_num_attention_heads=lambda _: heads, rswa_window=None, max_model_len=LONGEST,
     )  # fmt: skip
     layers: dict[str, Any] = {}
     for number in range(count):
@@ -343,55 +346,14 @@ def layers_of(
         layers[f"layers.{1 + number}.attn"] = layer
     vllm_config: Any = SimpleNamespace(
         model_config=model, parallel_config=None,
-        compilation_config=SimpleNamespace(cudagraph_mode=None, static_forward_context=layers),
+        scheduler_config=SimpleNamespace(max_num_seqs=6),
+        compilation_config=SimpleNamespace(
+            cudagraph_mode=None, static_forward_context=layers, max_cudagraph_capture_size=None
+        ),
         additional_config={"kvplug": config.model_dump(exclude_none=True)},
     )  # fmt: skip
     spec: Any = SimpleNamespace(
         block_size=shape.page, num_kv_heads=shape.kv_heads, head_size=shape.dim
     )
     builder = DeviceMetadataBuilder(spec, list(layers), vllm_config, DEVICE)
-    return [layer.impl for layer in layers.values()], builder
-
-
-class Stock:
-    """Stands in for vLLM's kernel, which needs a GPU: attends to everything, in float64.
-
-    Args:
-        shape: Sizes.
-    """
-
-    def __init__(self, shape: Shape) -> None:
-        self.shape = shape
-        self.tokens: list[int] = []
-        """Of each call."""
-
-    def __call__(
-        self, impl: Any, layer: Any, query: torch.Tensor, key: Any, value: Any,
-        kv_cache: torch.Tensor, metadata: Any, output: torch.Tensor, *scales: Any,
-    ) -> torch.Tensor:  # fmt: skip
-        dim, page = self.shape.dim, self.shape.page
-        self.tokens.append(metadata.num_actual_tokens)
-        starts = metadata.query_start_loc.tolist()
-        assert metadata.max_query_len == max(np.diff(starts))
-        assert metadata.max_seq_len == int(metadata.seq_lens.max())
-        for row, length in enumerate(metadata.seq_lens.tolist()):
-            pages = metadata.block_table[row, : -(-length // page)].long()
-            cached = kv_cache[pages].transpose(1, 2).flatten(0, 1)[:length].double()
-            keys, values = cached.split(dim, -1)  # [L, Hk, D]
-            mine = query[starts[row] : starts[row + 1]].double().unflatten(1, (keys.shape[1], -1))
-            logits = torch.einsum("thgd,lhd->thgl", mine, keys) * impl.scale
-            positions = torch.arange(length, device=DEVICE)
-            unseen = positions > positions[length - len(mine) :, None]
-            shares = logits.masked_fill(unseen[:, None, None], -torch.inf).softmax(-1)
-            out = torch.einsum("thgl,lhd->thgd", shares, values).flatten(1, 2)
-            output[starts[row] : starts[row + 1]] = out.to(output.dtype)
-        return output
-
-
-def stand_in(monkeypatch: pytest.MonkeyPatch, shape: Shape) -> Stock:
-    """Replaces vLLM's kernel."""
-    stock = Stock(shape)
-    monkeypatch.setattr(
-        TritonAttentionImpl, "forward", lambda impl, *args: stock(impl, *args)
-    )  # fmt: skip
-    return stock
+    return [layer.impl for layer in layers.values()], builder, vllm_config
