@@ -101,6 +101,7 @@ def _check_model(model: Any) -> None:
         "recurrent (hybrid) layers": model.is_hybrid or model.has_inner_state,
         "an encoder": model.is_encoder_decoder,
         "an encoder or a pooler": model.runner_type != "generate",
+        "chunked local attention": model.attention_chunk_size is not None,
         "ALiBi position biases": _has_alibi(model.hf_text_config),
     }
     for what, present in refusals.items():

@@ -27,6 +27,7 @@ def engine(options: dict[str, Any] | None = None, **changed: Any) -> SimpleNames
     model = SimpleNamespace(
         model="some-model", use_mla=False, is_attention_free=False, is_hybrid=False,
         has_inner_state=False, is_encoder_decoder=False, runner_type="generate",
+        attention_chunk_size=None,
         hf_text_config=SimpleNamespace(model_type="llama"),
         get_total_num_hidden_layers=lambda: 12,
     )  # fmt: skip
@@ -157,7 +158,8 @@ def test_what_vllm_makes_a_connector_of_is_refused() -> None:
         ({"model_config__is_hybrid": True}, "hybrid"),
         ({"model_config__has_inner_state": True}, "recurrent"),
         ({"model_config__is_encoder_decoder": True}, "an encoder"),
-        ({"model_config__runner_type": "pooling"}, "an encoder"),
+        ({"model_config__runner_type": "pooling"}, "an encoder or a pooler"),
+        ({"model_config__attention_chunk_size": 8192}, "chunked local attention"),
     ],
     ids=str,
 )

@@ -30,3 +30,23 @@ def refuse_layer(impl: Any, **platform: bool) -> None:
     for what, present in refusals.items():
         if present:
             raise KvplugError(f"kvplug cannot serve this model: it has {what}.")
+
+
+def refuse_builder(kind: type, own: type) -> None:
+    """Refuses layers for which vLLM plans others than the batch's requests, pages or lengths.
+
+    It does so in a subclass of a backend's builder: for chunked local attention, say, or for
+    sinks that have keys of their own.
+
+    Args:
+        kind: Class of the builder that vLLM makes.
+        own: The backend's.
+
+    Raises:
+        KvplugError: They are not the same.
+    """
+    if kind is not own:
+        raise KvplugError(
+            f"kvplug cannot serve this model: vLLM plans its attention by {kind.__name__}, which "
+            f"changes what kvplug cuts windows by."
+        )

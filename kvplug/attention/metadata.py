@@ -16,6 +16,7 @@ from vllm.v1.attention.backends.cpu_attn import (
 )
 
 from kvplug.attention.attend.cpu import Call, CpuAttend
+from kvplug.attention.layer_refusals import refuse_builder
 from kvplug.errors import KvplugError
 from kvplug.offload.written import Written
 from kvplug.pipeline import Pipeline, Plan
@@ -72,8 +73,10 @@ class KvplugMetadataBuilder(CPUAttentionMetadataBuilder):
         """Builds the pipeline and hands it to the layers.
 
         Raises:
-            KvplugError: Options that do not fit the recipe, the page or the model.
+            KvplugError: Options that do not fit the recipe, the page or the model, or layers of
+                another kind.
         """
+        refuse_builder(type(self), KvplugMetadataBuilder)
         super().__init__(kv_cache_spec, layer_names, vllm_config, device, **kwargs)
         config = options_of(vllm_config)
         self.pipeline = Pipeline(config, self.block_size, self.num_kv_heads)

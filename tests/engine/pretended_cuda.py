@@ -2,8 +2,9 @@
 
 vLLM's CPU platform runs its second model runner too, if it finds a Triton that runs on CPUs; here
 it finds Triton's interpreter. What is pretended is only what kvplug and vLLM ask the platform for.
-So the scheduler, both model runners, their metadata, vLLM's own Triton kernels and kvplug's run as
-on a GPU, but for what a GPU does by itself: streams, graphs, compiled code.
+So the scheduler, which plans a step while another runs, both model runners, their metadata, vLLM's
+own Triton kernels and kvplug's run as on a GPU, but for what a GPU does by itself: streams, graphs,
+compiled code.
 """
 
 from __future__ import annotations
@@ -80,7 +81,17 @@ def _take_backend() -> None:
     from kvplug import binding, startup
     from kvplug.attention import backend
     from kvplug.attention.device.backend import DeviceBackend
+    from kvplug.patches import checked_config
 
+    patch: Any = checked_config
+    adopt = patch.adopt
+
+    def adopt_and_overlap(vllm_config: Any) -> None:
+        adopt(vllm_config)
+        # As on CUDA: the CPU platform, which the plugin wraps, has just switched it off.
+        vllm_config.scheduler_config.async_scheduling = True
+
+    patch.adopt = adopt_and_overlap
     taken: Any = DeviceBackend
     taken.supports_compute_capability = classmethod(lambda *_: True)
     backend.KvplugBackend = taken

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from kvplug.attention.device.plan import Lengths
-from kvplug.attention.device.send import send
+from kvplug.attention.device.send import send_columns
 from kvplug.kernels.chunk_means import ChunkEnds
 
 
@@ -32,5 +32,4 @@ def chunk_ends(
         return None
     request = np.repeat(np.arange(len(numbers)), numbers)
     chunks = np.arange(total) + np.repeat(last - np.cumsum(numbers), numbers)
-    ends = np.stack([request, (chunks + 1) * per_chunk]).astype(np.int32)
-    return ChunkEnds(*send(ends, device))
+    return ChunkEnds(*send_columns([request, (chunks + 1) * per_chunk], device))

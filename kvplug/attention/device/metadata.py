@@ -18,6 +18,7 @@ from vllm.v1.attention.backends.triton_attn import (
 from kvplug.attention.device.decode_plan import DecodePlans
 from kvplug.attention.device.pipeline import DevicePipeline
 from kvplug.attention.device.plan import DenseRows, DevicePlan, Lengths
+from kvplug.attention.layer_refusals import refuse_builder
 from kvplug.errors import KvplugError
 from kvplug.policies import make_stages
 from kvplug.selection import options_of
@@ -62,8 +63,9 @@ class DeviceMetadataBuilder(TritonAttentionMetadataBuilder):
         """Builds the pipeline and hands it to the layers.
 
         Raises:
-            KvplugError: Options that do not fit the recipe or the page.
+            KvplugError: Options that do not fit the recipe or the page, or layers of another kind.
         """
+        refuse_builder(type(self), DeviceMetadataBuilder)
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         # vLLM would refresh its own fields of a step's metadata in place, and not the plan.
         self.supports_draft_decode_metadata_update = False

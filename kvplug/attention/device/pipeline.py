@@ -26,7 +26,7 @@ from kvplug.attention.device.plan import (
 )
 from kvplug.attention.device.probes import make_probe
 from kvplug.attention.device.selects import make_select
-from kvplug.attention.device.send import send
+from kvplug.attention.device.send import ALIGNED, send
 from kvplug.attention.device.turns import Pool, Turn, decode_turns, turns_of
 from kvplug.attention.device.watchers import BoundLayer, DeviceState
 from kvplug.config import KvplugConfig
@@ -132,14 +132,14 @@ class DeviceLayer:
         return rows
 
     def _windows_at_a_time(self, windows: SparseWindows) -> int:
-        """So many that their scratch stays below :data:`SCRATCH`."""
+        """So many that their scratch stays below :data:`SCRATCH`, and that parts are aligned."""
         if self.memory is None or self.probe is None:
             return len(windows)
         probes = self.probe.most * self.shape.num_heads // self.shape.num_kv_heads
         each = self.memory.scratch_bytes(probes, windows.most_far)
         for stage in (self.budget, self.ranker):  # each takes as much as the scores at most
             each += 0 if stage is None else 4 * windows.most_far
-        return max(SCRATCH // (each * self.shape.num_kv_heads), 1)
+        return max(SCRATCH // (each * self.shape.num_kv_heads) // ALIGNED * ALIGNED, 1)
 
     def _select(
         self, queries: torch.Tensor, windows: SparseWindows, contexts: Contexts, rows: PageRows,

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import torch
 
-from kvplug.attention.device.send import send
+from kvplug.attention.device.send import send_columns
 from kvplug.attention.device.stream import HostStream, StreamWindows
 from kvplug.kernels.chunk_means import ChunkEnds
 from kvplug.kernels.far_pages import FarPages
@@ -234,7 +234,5 @@ def singles_first(windows: Windows) -> Ints:
 
 def _send(device: torch.device, *groups: tuple[Ints, ...]) -> list[tuple[torch.Tensor, ...]]:
     """Groups of columns as int32 on the device, by one copy that nobody waits for."""
-    columns = [column for group in groups for column in group]
-    whole = send(np.concatenate(columns).astype(np.int32), device)
-    sent = iter(whole.split([len(column) for column in columns]))
+    sent = iter(send_columns([column for group in groups for column in group], device))
     return [tuple(itertools.islice(sent, len(group))) for group in groups]

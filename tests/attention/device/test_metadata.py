@@ -14,6 +14,8 @@ from kvplug.attention.backend import backend_of
 from kvplug.attention.cpu_backend import CpuBackend
 from kvplug.attention.device.backend import DeviceBackend
 from kvplug.attention.device.impl import DeviceImpl
+from kvplug.attention.device.metadata import DeviceMetadataBuilder
+from kvplug.attention.metadata import KvplugMetadataBuilder
 from kvplug.errors import KvplugError
 from tests.attention.device.world import World, layers_of
 from tests.made_up import Piece
@@ -102,6 +104,14 @@ def test_layers_that_are_refused(at: int, value: Any, what: str) -> None:
     arguments[at] = value
     with pytest.raises(KvplugError, match=what):
         DeviceImpl(*arguments)
+
+
+@pytest.mark.parametrize("own", [DeviceMetadataBuilder, KvplugMetadataBuilder])
+def test_builders_that_vllm_derives_are_refused(own: Any) -> None:
+    """On CPUs too: what their windows would be cut by is not the batch's."""
+    derived = type("ChunkedLocalAttentionBuilder", (own,), {})
+    with pytest.raises(KvplugError, match="by ChunkedLocalAttentionBuilder"):
+        derived(None, [], None, None)
 
 
 def test_sliding_windows_are_vllms_own() -> None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from kvplug.attention.device.plan import DevicePlan, Lengths, make_plan
+from kvplug.attention.device.send import send_columns
 from kvplug.pages import PageGeometry
 from kvplug.windows import cut_windows
 from tests.made_up import Piece
@@ -107,3 +108,21 @@ def test_a_span_of_windows() -> None:
     part = sparse.span(1, 3)
     assert (len(part), part.singles, part.most_far) == (2, 0, sparse.most_far)
     assert part.token_start.tolist() == [0, 32]
+
+
+def test_what_is_sent_is_aligned() -> None:
+    """Or Triton would compile a program for every set of columns that are not."""
+    lengths = [1, 2, 3, 4, 5, 0, 7]
+    columns = [np.arange(size) + 100 * size for size in lengths]
+    sent = send_columns(columns, torch.device("cpu"))
+    assert [column.tolist() for column in sent] == [column.tolist() for column in columns]
+    assert {column.dtype for column in sent} == {torch.int32}
+    assert all((column.data_ptr() - sent[0].data_ptr()) % 16 == 0 for column in sent)
+    stream = make_plan(
+        lengths_of(MIXED), torch.zeros(4, 20, dtype=torch.int32), torch.arange(109), GEOMETRY, 32,
+        watched=True,
+    ).stream  # fmt: skip
+    assert stream is not None
+    first = stream.request.data_ptr()
+    moved = [column for column in stream.carried if isinstance(column, torch.Tensor)]
+    assert all((column.data_ptr() - first) % 16 == 0 for column in (*stream[1:7], *moved))
