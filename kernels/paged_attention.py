@@ -89,7 +89,8 @@ def blocks_of(queries: int, dim: int) -> Blocks:
     return Blocks(64, 64, 4, 2) if queries <= 64 else Blocks(128, 64, 8, 2)
 
 
-@triton.jit
+# Parts of a step's columns and rows begin anywhere, and sizes follow the batch.
+@triton.jit(do_not_specialize=["p_start", "p_count", "p_table", "p_lengths", "lse_part"])
 def _paged_attention_kernel(  # type: ignore[no-untyped-def]
     p_queries, p_start, p_count, p_table, p_lengths, p_keys, p_values, p_key_scale,
     p_value_scale, p_out, p_lse, query_token, query_head, key_page, key_token, key_head,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from typing import TYPE_CHECKING, Any
 
 from kvplug.errors import KvplugError
@@ -55,6 +56,8 @@ def bind_layers(vllm_config: Any, model: Any) -> None:
         if current_platform.is_cpu():
             with same_threads(), warming_up():
                 warm_up(retrieving[number].impl, shapes[number])
+        else:
+            _warm_up_device(retrieving[number].impl, vllm_config.model_config)
         retrieving[number].impl.pipeline.trace = observers.trace
         EXPORTER.add(retrieving[number].impl.pipeline, selection_metrics())
     _report(vllm_config, layers)
@@ -173,6 +176,15 @@ def warm_up(impl: Any, shape: Any) -> None:
     pipeline.warm_up(shape._replace(num_pages=pages), reader)
     if impl.fixed is not None:
         impl.fixed.warm_up()
+
+
+def _warm_up_device(impl: Any, model: Any) -> None:
+    """Compiles the kernels of ``impl``'s pipeline, and says how long it took."""
+    from kvplug.attention.device.warm_up import warm_up as warm_up_device
+
+    start = time.perf_counter()
+    if warm_up_device(impl, model.dtype, model.max_model_len):
+        logger.info("kvplug compiled its kernels in %.1f s.", time.perf_counter() - start)
 
 
 def first_kv_head(vllm_config: Any, num_kv_heads: int) -> int:

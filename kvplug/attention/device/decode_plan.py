@@ -16,8 +16,8 @@ from kvplug.attention.device.plan import (
     Lengths,
     SparseWindows,
     find_first_tokens,
-    room_for,
     first_pages_of,
+    room_for,
 )
 from kvplug.attention.device.send import send
 from kvplug.pages import PageGeometry

@@ -125,11 +125,7 @@ class DeviceImpl(TritonAttentionImpl):
                 output_block_scale,
             )  # fmt: skip
         tokens = attn_metadata.num_actual_tokens
-        if plan.stream is not None:
-            self.stages.watch(query[:tokens], key[:tokens], plan)
-        self.stages.write(key[:tokens], plan)
-        if self.hot is not None:
-            self.hot.write(key[:tokens], value[:tokens], plan.slots)
+        self.learn(query[:tokens], key[:tokens], value[:tokens], plan)
         if plan.sparse is None:
             return self._stock(
                 layer, query, key, value, kv_cache, attn_metadata, output, output_scale,
@@ -141,16 +137,40 @@ class DeviceImpl(TritonAttentionImpl):
             attended = torch.empty_like(mine)
             self._stock(layer, mine, key, value, kv_cache, attn_metadata.dense, attended)
             output.index_copy_(0, chosen.long(), attended)
-        self._attend(query[:tokens], output[:tokens], plan)
+        self.attend_selected(query[:tokens], output[:tokens], plan)
         return output
+
+    def learn(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plan: DevicePlan
+    ) -> None:
+        """Shows a step to whatever remembers, before anything is selected.
+
+        Args:
+            query: ``[T, H, D]`` of the whole step.
+            key: ``[T, Hk, D]`` of the same tokens, which are in the cache.
+            value: ``[T, Hk, D]`` likewise.
+            plan: The step.
+        """
+        assert self.stages is not None
+        if plan.stream is not None:
+            self.stages.watch(query, key, plan)
+        self.stages.write(key, plan)
+        if self.hot is not None:
+            self.hot.write(key, value, plan.slots)
 
     def _stock(self, *args: Any) -> torch.Tensor:
         """vLLM's own path."""
         output: torch.Tensor = super().forward(*args)
         return output
 
-    def _attend(self, query: torch.Tensor, output: torch.Tensor, plan: DevicePlan) -> None:
-        """Selects pages for the sparse windows and attends to them."""
+    def attend_selected(self, query: torch.Tensor, output: torch.Tensor, plan: DevicePlan) -> None:
+        """Selects pages for the sparse windows and attends to them.
+
+        Args:
+            query: ``[T, H, D]`` of the whole step.
+            output: ``[T, H, D]``, written at the windows' tokens.
+            plan: The step, with sparse windows.
+        """
         assert self.stages is not None
         assert self.attend is not None
         assert self.cache is not None

@@ -48,7 +48,7 @@ def test_sparse_windows_are_those_of_the_cut_with_single_tokens_first() -> None:
     for name in ("context_end", "far_begin", "far_end"):
         assert getattr(sparse, name).tolist() == getattr(windows, name)[order].tolist()
     assert windows.sparse[order].all()
-    assert sparse.most_far == (windows.far_end - windows.far_begin)[order].max()
+    assert (windows.far_end - windows.far_begin)[order].max() <= sparse.most_far == 16
     assert len(plan.slots) == 109
 
 
