@@ -14,6 +14,9 @@ from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
+LONGEST = 512
+"""Tokens of the longest context that tests ask such an engine for."""
+
 
 def pretend() -> None:
     """Makes this process's engines take the backend for CUDA; before vLLM is imported."""
@@ -96,4 +99,11 @@ def _take_backend() -> None:
     taken.supports_compute_capability = classmethod(lambda *_: True)
     backend.KvplugBackend = taken
     startup._is_on_cpu = lambda: False
-    binding.warm_up = lambda *_: None  # of what runs on CPUs
+    binding.warm_up = _warm_up
+
+
+def _warm_up(impl: Any, shape: Any) -> None:
+    """What is compiled on CUDA, in place of what runs on CPUs; contexts here are short."""
+    from kvplug.attention.device.warm_up import warm_up
+
+    assert warm_up(impl, impl.cache.keys.dtype, LONGEST)
