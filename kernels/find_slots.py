@@ -19,7 +19,7 @@ BLOCK = 128
 """Places of a row that a program looks up. Not measured: no GPU was at hand."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["p_table", "p_lengths"])
 def _find_slots_kernel(  # type: ignore[no-untyped-def]
     p_table, p_lengths, p_slot_of, p_used, p_clock, p_lacking, p_counts, width, page, heads,
     BLOCK_N: tl.constexpr,

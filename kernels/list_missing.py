@@ -20,7 +20,7 @@ BLOCK = 2048
 """Places that the program looks at in a step. Not measured: no GPU was at hand."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["p_table", "p_lengths", "num_rows", "most"])
 def _list_missing_kernel(  # type: ignore[no-untyped-def]
     p_table, p_lengths, p_slot_of, p_lacking, p_counts, p_entries, p_missing, num_rows, width,
     page, heads, most, BLOCK_N: tl.constexpr,

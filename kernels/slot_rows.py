@@ -19,7 +19,7 @@ BLOCK = 128
 """Places of a row that a program writes. Not measured: no GPU was at hand."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["p_table", "p_lengths"])
 def _slot_rows_kernel(  # type: ignore[no-untyped-def]
     p_table, p_lengths, p_slot_of, p_slots, width, page, heads, BLOCK_N: tl.constexpr
 ):

@@ -21,7 +21,7 @@ from kvplug.attention.device.plan import (
 )
 from kvplug.attention.device.send import send
 from kvplug.pages import PageGeometry
-from kvplug.windows import cut_windows
+from kvplug.windows import Ints, cut_windows
 
 
 class DecodePlans:
@@ -50,7 +50,7 @@ class DecodePlans:
     def plan(
         self, lengths: Lengths, block_table: torch.Tensor, slots: torch.Tensor,
         geometry: PageGeometry, first_tokens: int,
-    ) -> DevicePlan:  # fmt: skip
+    ) -> tuple[DevicePlan, Ints]:  # fmt: skip
         """Plans a step; the plan before it no longer holds.
 
         :attr:`DevicePlan.begun` is empty: what is learnt from contexts that begin is learnt before
@@ -63,10 +63,13 @@ class DecodePlans:
             slots: ``[B]`` int64 on the device, or more.
             geometry: Region sizes.
             first_tokens: Tokens at a context's start that are learnt from when all are there.
+
+        Returns:
+            The plan, and the rows ``[m]`` of the contexts that begin, on the host.
         """
         batch = len(lengths.seq_lens)
         windows = cut_windows(*lengths, geometry)
-        rows, _ = find_first_tokens(lengths, first_tokens)
+        rows, begun = find_first_tokens(lengths, first_tokens)
         columns = np.zeros(self.columns.shape, np.int32)
         columns[0] = -1
         columns[0, : len(rows)] = rows
@@ -80,4 +83,5 @@ class DecodePlans:
             batch, most_far, geometry.budget_pages, numbers[:0], self.numbers[:1], numbers, numbers,
             self.ones[:batch], *regions,
         )  # fmt: skip
-        return DevicePlan(block_table, slots[:batch], windows, firsts, numbers[:0], sparse, None)
+        plan = DevicePlan(block_table, slots[:batch], windows, firsts, numbers[:0], sparse, None)
+        return plan, begun

@@ -21,7 +21,6 @@ from kvplug.attention.device.plan import (
     DevicePlan,
     Lengths,
     SparseWindows,
-    find_first_tokens,
     make_plan,
 )
 from kvplug.attention.device.probes import make_probe
@@ -42,6 +41,7 @@ if TYPE_CHECKING:
     from kvplug.offload.device_pool import DevicePool
     from kvplug.pages import PageGeometry
     from kvplug.stage import LayerShape
+    from kvplug.windows import Ints
 
 SCRATCH = 64 * 2**20
 """Bytes of scores and what leads to them that a layer has at a time; more windows go in turns."""
@@ -254,8 +254,8 @@ class DevicePipeline:
         is_fixed = self.decode_plans is not None and self.decode_plans.serves(lengths)
         if self.decode_plans is not None and is_fixed:
             known = self.geometry, self.first_tokens
-            plan = self.decode_plans.plan(lengths, block_table, slots, *known)
-            self._note_begun(lengths, block_table)
+            plan, begun = self.decode_plans.plan(lengths, block_table, slots, *known)
+            self._note_begun(begun, block_table)
         else:
             plan = make_plan(
                 lengths, block_table, slots, self.geometry, self.first_tokens, watched=self.watched
@@ -281,9 +281,8 @@ class DevicePipeline:
             return decode_turns(sparse, -(-self.decode_plans.longest // page), pool)
         return turns_of(plan, page, pool)
 
-    def _note_begun(self, lengths: Lengths, block_table: torch.Tensor) -> None:
+    def _note_begun(self, begun: Ints, block_table: torch.Tensor) -> None:
         """Keeps the first pages of the contexts that begin, until the step has filled them."""
-        begun = find_first_tokens(lengths, self.first_tokens)[1]
         if self.first_tokens and len(begun):
             pages = block_table.index_select(0, send(begun, block_table.device))
             self._begun = pages[:, : self.first_tokens // self.geometry.page].contiguous()

@@ -164,7 +164,7 @@ def check_engine(vllm_config: Any, config: KvplugConfig, stages: Stages, page: i
         f"--dtype {own}": own not in DTYPES,
         # Of the modes that capture attention, vLLM makes the others PIECEWISE by itself.
         "cudagraph_mode FULL": graphs is not None and graphs.name == "FULL",
-        # Its kernels are compiled when they are first called.
+        # Not every kernel is compiled before the first request.
         "--jit-monitor-mode error": vllm_config.observability_config.jit_monitor_mode == "error",
         "kvplug option audit": bool(config.audit),
         "kvplug option trace": config.trace is not None,

@@ -75,6 +75,9 @@ def _run(impl: DeviceImpl, pieces: list[Piece], table: torch.Tensor, dtype: torc
     total = int(lengths.query_start[-1])
     queries = torch.ones(total, shape.num_heads, shape.head_dim, dtype=dtype, device=device)
     keys = queries[:, : shape.num_kv_heads].contiguous()
+    cache = impl.stages.cache
+    for side in (cache.keys, cache.values):  # or a hot pool would differ from the cold store
+        side[slots // shape.page, slots % shape.page] = keys
     impl.learn(queries, keys, keys, plan)
     if plan.sparse is not None:
         impl.attend_selected(queries, torch.empty_like(queries), plan)

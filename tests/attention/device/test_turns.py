@@ -97,7 +97,7 @@ def test_turns_of_a_graph_are_those_of_its_batch() -> None:
     for ends in ([40, 300, 200, 70, 1], [300] * 5):
         lengths = Lengths(np.arange(6, dtype=np.int32), np.array(ends), np.zeros(5, bool))
         table = torch.zeros(5, 20, dtype=torch.int32)
-        plan = plans.plan(lengths, table, torch.arange(5), geometry, 32)
+        plan, _ = plans.plan(lengths, table, torch.arange(5), geometry, 32)
         assert plan.sparse is not None
         found.append(decode_turns(plan.sparse, 19, pool))
         assert [turn.windows.context_end.tolist() for turn in found[-1]] == [

@@ -14,6 +14,7 @@ from torch.nn.functional import pad
 from vllm.v1.worker.block_table import get_block_table_width
 
 from kvplug.attention.device.warm_up import warm_up
+from tests.attention.device.pooled import PooledWorld
 from tests.attention.device.stock import stand_in
 from tests.attention.device.world import DTYPE, LONGEST, SMALL, World
 from tests.made_up import Piece
@@ -62,12 +63,18 @@ def kind_of(value: Any, *, is_free: bool) -> Any:
     return type(value)
 
 
-@pytest.mark.parametrize("policy", ["channels", "simhash", "quest", "actqkv", "hax"])
-def test_later_steps_compile_nothing(policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One request or several, other lengths, windows that are not whole."""
+@pytest.mark.parametrize(
+    ("policy", "slots"),
+    [("channels", 0), ("simhash", 0), ("quest", 0), ("actqkv", 0), ("hax", 0),
+     ("channels", 24), ("channels", 80)],
+)  # fmt: skip
+def test_later_steps_compile_nothing(
+    policy: str, slots: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One request or several, other lengths, windows that are not whole; in turns or at once."""
     stand_in(monkeypatch, SMALL)
     shape = SMALL._replace(num_pages=90)
-    world = World(policy, shape)
+    world = PooledWorld(policy, slots, shape) if slots else World(policy, shape)
     table, width = world.table, get_block_table_width(-(-LONGEST // shape.page), shape.page)
     monkeypatch.setattr(
         world, "table", lambda pieces: pad(table(pieces), (0, width))[:, :width].contiguous()
